@@ -1,0 +1,282 @@
+"""Every knob of nanoHinDi: one dataclass line with its help, and the command line derived from those lines.
+
+    python train_diffusion.py --help        # prints what stands here
+
+A script picks the dataclasses it needs: `mask, model, train = parse(__doc__, MaskConfig, TransformerConfig, TrainConfig)`.
+Errors: a ValueError, a missing path or a refused permission means that the command is wrong (exit 2); anything else
+that is raised means that the command was right and the run failed (exit 1). `run_main` turns both into one line.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import signal
+import sys
+import traceback
+from dataclasses import dataclass, field
+
+
+def knob(default, help, choices=None, flag=True):
+    """One configuration line. flag=False: not on the command line (the data decides it)."""
+    return field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the knobs
+
+
+@dataclass
+class PrepareConfig:
+    input: str = knob("", "text to prepare: files, folders or globs (.txt .jsonl .parquet), comma-separated; - reads "
+                      "standard input; empty takes the novel Devdas")  # fmt: skip
+    output_dir: str = knob("data/processed", "folder that receives train.bin, val.bin, meta.json and tokenizer.model")
+    dataset: str = knob("", "a data set of the hub by name or a local folder of one, streamed (needs the hub extra)")
+    dataset_config: str = knob("", "configuration of the data set, such as 20231101.hi")
+    dataset_split: str = knob("train", "split of the data set to read")
+    text_field: str = knob("text", "field that holds the text in .jsonl, .parquet and data sets")
+    documents: str = knob("auto", "what ends a document; auto: a row in .jsonl, .parquet and data sets, a blank line "
+                          "in .txt", ("auto", "blank", "file", "row"))  # fmt: skip
+    tokenizer: str = knob("bpe", "bpe or unigram (SentencePiece, trained here), bytes, tiktoken:NAME such as "
+                          "tiktoken:o200k_base, or the path of a trained tokenizer.model")  # fmt: skip
+    vocab_size: int = knob(8192, "upper limit of the SentencePiece vocabulary; a small text trains fewer pieces")
+    val_fraction: float = knob(0.1, "share of the documents held out for validation, chosen by hash")
+    romanized: float = knob(0.0, "share of the training documents added once more in romanised Hindi, as people type "
+                            "it; validation stays as it is, so that figures compare")  # fmt: skip
+    source: str = knob("", "where the text came from, kept in meta.json")
+    license: str = knob("", "licence of the text, kept in meta.json")
+    workers: int = knob(0, "processes that tokenize; 0 is one a core")
+    seed: int = knob(0, "seed of the split and of the choice of romanised documents")
+
+
+@dataclass
+class MaskConfig:
+    """The forward process and the weight of the training loss (docs/DIFFUSION_MODEL_DETAILED.md)."""
+
+    time_mode: str = knob("continuous", "times from the interval, or from `timesteps` levels", ("continuous", "discrete"))
+    timesteps: int = knob(1000, "levels of time_mode discrete")
+    timestep_sampling: str = knob("stratified", "spread the times of one optimizer step evenly, or draw each alone",
+                                  ("stratified", "uniform"))  # fmt: skip
+    mask_schedule: str = knob("linear", "how the masked fraction grows with time", ("linear", "cosine"))
+    min_mask_rate: float = knob(0.0, "masked fraction at time 0; only 0 to 1 is the ELBO")
+    max_mask_rate: float = knob(1.0, "masked fraction at time 1; sampling starts at 1")
+    masking_strategy: str = knob("token", "hide single tokens, or geometric spans of whole words (training only)",
+                                 ("token", "span"))  # fmt: skip
+    mean_span_length: float = knob(3.0, "mean span, in words, of masking_strategy span")
+    loss_weight: str = knob("elbo", "elbo: the bound; low_var: every hidden token counts the same; mix: low_var, then "
+                            "elbo while the learning rate decays", ("elbo", "low_var", "mix"))  # fmt: skip
+
+    def __post_init__(self):
+        check(self.timesteps >= 1, f"--timesteps is {self.timesteps}, needs to be 1 or more")
+        check(0 <= self.min_mask_rate < self.max_mask_rate <= 1,
+              f"the mask rates are {self.min_mask_rate} to {self.max_mask_rate}; they need 0 <= min < max <= 1")  # fmt: skip
+        check(self.mean_span_length >= 1, f"--mean_span_length is {self.mean_span_length}, needs to be 1 or more")
+
+
+@dataclass
+class TransformerConfig:
+    vocab_size: int = knob(0, "real tokens; MASK comes on top", flag=False)
+    max_seq_len: int = knob(0, "longest window the model accepts", flag=False)
+    d_model: int = knob(384, "width")
+    n_layers: int = knob(8, "blocks")
+    n_heads: int = knob(8, "attention heads")
+    d_ff: int = knob(1024, "inner width of the SwiGLU")
+    dropout: float = knob(0.0, "dropout on each residual branch; 0 is off")
+
+    def __post_init__(self):
+        check(self.d_model % self.n_heads == 0 and self.d_model // self.n_heads % 2 == 0,
+              f"--d_model {self.d_model} must split into --n_heads {self.n_heads} heads of even width")  # fmt: skip
+        check(min(self.d_model, self.n_layers, self.n_heads, self.d_ff) >= 1, "the model's sizes must be 1 or more")
+        check(0 <= self.dropout < 1, f"--dropout is {self.dropout}, needs 0 <= dropout < 1")
+
+
+@dataclass
+class TrainConfig:
+    data_dir: str = knob("data/processed", "folder written by prepare.py")
+    output_dir: str = knob("checkpoints/diffusion_hi", "run folder: config.json, metrics.jsonl and checkpoints")
+    preset: str = knob("laptop", "sizes to start from; flags override them: tiny ~1M parameters, laptop ~20M, base ~120M",
+                       ("tiny", "laptop", "base"))  # fmt: skip
+    seq_len: int = knob(512, "tokens a window")
+    batch_size: int = knob(4, "windows a forward, per process")
+    grad_accum: int = knob(8, "forwards an optimizer step, per process")
+    max_steps: int = knob(5000, "optimizer steps")
+    optimizer: str = knob("muon", "muon: the blocks' matrices by Muon, the rest by AdamW", ("muon", "adamw"))
+    lr: float = knob(3e-3, "peak learning rate, in AdamW's units for Muon too")
+    weight_decay: float = knob(0.1, "decoupled, on matrices only: never on norms, biases or embeddings")
+    beta2: float = knob(0.95, "AdamW's second moment decay")
+    warmup: float = knob(0.02, "share of the steps in which the learning rate rises")
+    decay: float = knob(0.5, "share of the steps in which it falls, at the end; cosine: from the peak on")
+    lr_schedule: str = knob("linear", "shape of the fall, to zero", ("linear", "cosine", "constant"))
+    grad_clip: float = knob(1.0, "largest gradient norm; 0 is off")
+    ema: float = knob(0.999, "decay of the fp32 average of the weights that is evaluated and sampled; 0 is off")
+    amp: str = knob("auto", "mixed precision; auto: bf16 where a measured matrix product gains from it",
+                    ("auto", "bf16", "fp16", "off"))  # fmt: skip
+    compile: bool = knob(False, "torch.compile the model; pays off after some minutes")
+    activation_checkpointing: bool = knob(False, "recompute the blocks in the backward pass: less memory, more time")
+    device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
+    threads: int = knob(0, "CPU threads a process; 0 leaves PyTorch's choice")
+    seed: int = knob(1337, "seed of weights, batches, masks and dropout")
+    log_interval: int = knob(10, "steps between log lines")
+    eval_interval: int = knob(250, "steps between validations by the bound; 0 is never")
+    eval_masks: int = knob(4, "stratified masks a window while training; evaluate.py uses 16")
+    eval_windows: int = knob(512, "validation windows while training, at most; 0 is all")
+    sample_interval: int = knob(0, "steps between samples of the fixed prompts; 0 is never")
+    sample_steps: int = knob(16, "denoising steps of those samples")
+    save_interval: int = knob(500, "steps between checkpoints; the last step is always saved")
+    keep: int = knob(2, "how many step_*.pt to keep, besides latest.pt and best.pt")
+    resume: bool = knob(False, "go on from the newest valid checkpoint of output_dir")
+    plan: bool = knob(False, "measure a few steps, print time, memory and whether it fits, and start nothing")
+    check: bool = knob(False, "at the end compare with unigram and bigram models; exit 1 if not 18 % below the unigram")
+    wandb: bool = knob(False, "log to Weights & Biases too; offline when there is no network")
+
+    def __post_init__(self):
+        for name in ("seq_len", "batch_size", "grad_accum", "max_steps", "log_interval", "eval_masks", "save_interval",
+                     "sample_steps"):  # fmt: skip
+            check(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}, needs to be 1 or more")
+        for name in ("threads", "eval_interval", "eval_windows", "sample_interval", "keep"):
+            check(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, needs to be 0 or more")
+        check(0 < self.lr < math.inf, f"--lr is {self.lr}, needs to be positive")
+        for name in ("weight_decay", "grad_clip"):
+            check(0 <= getattr(self, name) < math.inf, f"--{name} is {getattr(self, name)}, needs to be 0 or more")
+        for name in ("ema", "beta2"):
+            check(0 <= getattr(self, name) < 1, f"--{name} is {getattr(self, name)}, needs 0 <= {name} < 1")
+        for name in ("warmup", "decay"):
+            check(0 <= getattr(self, name) <= 1, f"--{name} is {getattr(self, name)}, needs 0 <= {name} <= 1")
+
+
+@dataclass
+class SampleConfig:
+    ckpt: str = knob("", "a .pt file or a run folder; empty takes the newest run under checkpoints/")
+    tokenizer: str = knob("", "tokenizer.model to insist on; the checkpoint carries its own")
+    prompt: str = knob("", "text to continue; ___ is a blank of free length, ___5___ one of five tokens; several "
+                       "prompts are separated by ||; empty writes freely")  # fmt: skip
+    max_new_tokens: int = knob(64, "tokens to write after the prompt; a prompt with blanks gets none")
+    steps: int = knob(16, "denoising steps, each one forward; never more than there are open positions")
+    strategy: str = knob("confidence", "which positions are decided first (sampling.STRATEGIES)",
+                         ("random", "left_to_right", "confidence", "margin", "entropy", "threshold"))  # fmt: skip
+    temperature: float = knob(0.8, "0 takes the likeliest token")
+    top_k: int = knob(0, "draw from the k likeliest tokens; 0 is off")
+    top_p: float = knob(1.0, "draw from the fewest tokens that hold this much probability; 1 is off")
+    threshold: float = knob(0.9, "strategy threshold decides every position surer than this, and at least its quota")
+    num_samples: int = knob(1, "samples a prompt, drawn in one batch")
+    seed: int = knob(1337, "same seed, same text")
+    live: bool = knob(True, "show the text appear when standard output is a terminal")
+    html: str = knob("", "write a self-contained replay of the first sample to this file")
+    json: str = knob("", "write the trace of the first sample to this file")
+    device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
+    ema: bool = knob(True, "use the averaged weights")
+
+    def __post_init__(self):
+        check(self.steps >= 1, f"--steps is {self.steps}, needs to be 1 or more")
+        check(0 <= self.temperature < math.inf, f"--temperature is {self.temperature}, needs to be 0 or more")
+        check(self.top_k >= 0, f"--top_k is {self.top_k}, needs to be 0 or more")
+        check(0 < self.top_p <= 1, f"--top_p is {self.top_p}, needs 0 < top_p <= 1")
+        check(0 <= self.threshold <= 1, f"--threshold is {self.threshold}, needs 0 <= threshold <= 1")
+        check(self.max_new_tokens >= 0, f"--max_new_tokens is {self.max_new_tokens}, needs to be 0 or more")
+        check(self.num_samples >= 1, f"--num_samples is {self.num_samples}, needs to be 1 or more")
+
+
+@dataclass
+class EvaluateConfig:
+    ckpt: str = knob("", "a .pt file or a run folder; empty takes the newest run under checkpoints/")
+    data_dir: str = knob("", "folder written by prepare.py; empty takes the one the checkpoint was trained on")
+    split: str = knob("val", "split to score", ("val", "train"))
+    masks: int = knob(16, "stratified masks a window")
+    max_windows: int = knob(0, "score only the first windows; 0 is all")
+    batch_size: int = knob(32, "windows a forward")
+    output: str = knob("", "where the figures go; empty is eval.json beside the checkpoint")
+    seed: int = knob(0, "seed of the masks")
+    device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
+    ema: bool = knob(True, "use the averaged weights")
+
+    def __post_init__(self):
+        check(self.masks >= 1, f"--masks is {self.masks}, needs to be 1 or more")
+        check(self.batch_size >= 1, f"--batch_size is {self.batch_size}, needs to be 1 or more")
+        check(self.max_windows >= 0, f"--max_windows is {self.max_windows}, needs to be 0 or more")
+
+
+# A preset is a set of defaults; measured sizes and times stand in the README.
+PRESETS = {
+    "tiny": dict(d_model=128, n_layers=4, n_heads=4, d_ff=344, seq_len=128, batch_size=16, grad_accum=1, max_steps=2000),
+    "laptop": {},  # the defaults above
+    "base": dict(d_model=768, n_layers=12, n_heads=12, d_ff=2048, seq_len=1024, batch_size=16, grad_accum=4,
+                 max_steps=50000, lr=1e-3),  # fmt: skip
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from the knobs to the command line
+
+
+def check(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and exit 2; flags are not abbreviated."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message):
+        raise ValueError(f"{message}; --help lists the flags")
+
+
+def add_flags(parser, configs):
+    for config in configs:
+        group = parser.add_argument_group(config.__name__)
+        for f in dataclasses.fields(config):
+            if not f.metadata.get("flag", False):
+                continue
+            help = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")  # argparse formats it
+            if f.type is bool:  # --compile and --no_compile
+                group.add_argument(f"--{f.name}", action="store_true", default=f.default, help=help)
+                group.add_argument(f"--no_{f.name}", dest=f.name, action="store_false", default=f.default,
+                                   help=argparse.SUPPRESS)  # fmt: skip
+            else:
+                group.add_argument(f"--{f.name}", type=f.type, default=f.default, choices=f.metadata["choices"],
+                                   help=help)  # fmt: skip
+
+
+def parse(doc, *configs, argv=None):
+    """Command line → one instance of each dataclass in `configs`. Raises ValueError for a wrong flag or value."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(doc)
+    add_flags(parser, configs)
+    if any(f.name == "preset" for c in configs for f in dataclasses.fields(c)):
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        first.add_argument("--preset", default="laptop")
+        preset = first.parse_known_args(argv)[0].preset if "--help" not in argv else "laptop"
+        parser.set_defaults(**PRESETS.get(preset, {}))  # an unknown name is refused below
+    flags = vars(parser.parse_args(argv))
+    own = [{f.name: flags[f.name] for f in dataclasses.fields(c) if f.metadata.get("flag", False)} for c in configs]
+    return tuple(config(**values) for config, values in zip(configs, own, strict=True))
+
+
+def run_main(main):
+    """Run `main()`; any error becomes one line on stderr and an exit code (0, 1, 2, 130, 143)."""
+    code = 0
+    try:
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show Devanagari must not stop a run
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:  # `| head` closed standard output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except Exception as e:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        wrong = isinstance(e, (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError))
+        code = 2 if wrong else 1
+        print(f"error: {one_line(e)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def one_line(e):
+    if isinstance(e, OSError) and e.strerror:
+        return f"{e.strerror}: {e.filename}" if e.filename else e.strerror
+    text = " ".join(str(e).split())
+    return text if text and type(e) in (ValueError, RuntimeError, FileNotFoundError) else f"{type(e).__name__}: {text}"
