@@ -35,8 +35,8 @@ class PrepareConfig:
     dataset_config: str = knob("", "configuration of the data set, such as 20231101.hi")
     dataset_split: str = knob("train", "split of the data set to read")
     text_field: str = knob("text", "field that holds the text in .jsonl, .parquet and data sets")
-    documents: str = knob("auto", "what ends a document; auto: a row in .jsonl, .parquet and data sets, a blank line "
-                          "in .txt", ("auto", "blank", "file", "row"))  # fmt: skip
+    documents: str = knob("auto", "what ends a document in .txt: a blank line (auto), the file, or the line (row); in "
+                          ".jsonl, .parquet and data sets it is the row", ("auto", "blank", "file", "row"))  # fmt: skip
     tokenizer: str = knob("bpe", "bpe or unigram (SentencePiece, trained here), bytes, tiktoken:NAME such as "
                           "tiktoken:o200k_base, or the path of a trained tokenizer.model")  # fmt: skip
     vocab_size: int = knob(8192, "upper limit of the SentencePiece vocabulary; a small text trains fewer pieces")
@@ -47,6 +47,13 @@ class PrepareConfig:
     license: str = knob("", "licence of the text, kept in meta.json")
     workers: int = knob(0, "processes that tokenize; 0 is one a core")
     seed: int = knob(0, "seed of the split and of the choice of romanised documents")
+
+    def __post_init__(self):
+        check(not (self.input and self.dataset), "--input and --dataset exclude each other")
+        check(0 < self.val_fraction < 1, f"--val_fraction is {self.val_fraction}, needs 0 < val_fraction < 1")
+        check(0 <= self.romanized <= 1, f"--romanized is {self.romanized}, needs 0 <= romanized <= 1")
+        check(self.vocab_size >= 1, f"--vocab_size is {self.vocab_size}, needs to be 1 or more")
+        check(self.workers >= 0, f"--workers is {self.workers}, needs to be 0 or more")
 
 
 @dataclass
@@ -195,6 +202,8 @@ class EvaluateConfig:
         check(self.max_windows >= 0, f"--max_windows is {self.max_windows}, needs to be 0 or more")
 
 
+PROMPTS = ("मुझे एक अच्छी कहानी सुनाओ", "भारत में आज मौसम", "mai kal bazaar gaya tha aur", "yaar mujhe samajh nahi aa raha")
+
 # A preset is a set of defaults; measured sizes and times stand in the README.
 PRESETS = {
     "tiny": dict(d_model=128, n_layers=4, n_heads=4, d_ff=344, seq_len=128, batch_size=16, grad_accum=1, max_steps=2000),
@@ -239,8 +248,11 @@ def add_flags(parser, configs):
                                    help=help)  # fmt: skip
 
 
-def parse(doc, *configs, argv=None):
-    """Command line → one instance of each dataclass in `configs`. Raises ValueError for a wrong flag or value."""
+def parse(doc, *configs, argv=None, **defaults):
+    """Command line → one instance of each dataclass in `configs`; `defaults` replace those of the lines above.
+
+    Raises ValueError for a wrong flag or value.
+    """
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(doc)
     add_flags(parser, configs)
@@ -248,7 +260,8 @@ def parse(doc, *configs, argv=None):
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
         first.add_argument("--preset", default="laptop")
         preset = first.parse_known_args(argv)[0].preset if "--help" not in argv else "laptop"
-        parser.set_defaults(**PRESETS.get(preset, {}))  # an unknown name is refused below
+        defaults |= PRESETS.get(preset, {})  # an unknown name is refused below
+    parser.set_defaults(**defaults)
     flags = vars(parser.parse_args(argv))
     own = [{f.name: flags[f.name] for f in dataclasses.fields(c) if f.metadata.get("flag", False)} for c in configs]
     return tuple(config(**values) for config, values in zip(configs, own, strict=True))

@@ -1,0 +1,185 @@
+"""The only reader and writer of .pt, and the keeper of a run folder.
+
+    loaded = load("checkpoints/diffusion_hi/best.pt")       # .denoiser .tokenizer .config .step
+
+A checkpoint is enough by itself: weights, averaged weights, optimizers, step, configuration, kind and the tokenizer's
+bytes. No generator has a state worth saving: every random draw of training is a pure function of (seed, step).
+A file is written under a temporary name, fsynced and renamed; its sha256 stands beside it in `NAME.pt.sha256` and is
+checked on load, because torch.load accepts flipped bytes silently. Only tensors and plain values are unpickled.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tokenizer as tokenizers
+from config import TransformerConfig
+from model import Denoiser, Transformer
+
+MODELS = {"transformer": (TransformerConfig, Transformer)}  # kind -> (config class, model class)
+
+
+@dataclasses.dataclass
+class Loaded:
+    denoiser: Denoiser
+    tokenizer: Any
+    config: dict  # every flag of the run that made it
+    step: int
+    state: dict  # the file as it stands, for resuming
+    path: Path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing
+
+
+def sha256(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def replace(path, write):
+    """Make `path` by write(temporary), fsync, rename: at every moment the old or the new file stands, whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(path, state, retries=2):
+    """Write `state` to `path`; a full disk is tried again, then raises RuntimeError, and the old file stays.
+
+    While the file changes, its .sha256 lists the old and the new sum, so that whichever stands can be checked.
+    """
+    path, side = Path(path), Path(f"{path}.sha256")
+
+    def write(temporary):
+        torch.save(state, temporary)
+        sums = [f"{sha256(temporary)}  {path.name}", *(side.read_text().splitlines() if side.exists() else [])]
+        replace(side, lambda t: t.write_text("\n".join(sums) + "\n"))
+
+    for attempt in range(retries + 1):
+        try:
+            replace(path, write)
+            newest = side.read_text().splitlines()[0] + "\n"
+            replace(side, lambda t: t.write_text(newest))
+            return
+        except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
+            if attempt == retries:
+                free = shutil.disk_usage(path.parent).free / 2**20
+                raise RuntimeError(f"cannot write {path} ({str(e).splitlines()[0]}; {free:,.0f} MiB free); earlier "
+                                   "checkpoints stand; make room and --resume") from e  # fmt: skip
+            time.sleep(1)
+
+
+def prune(folder, keep):
+    """Delete all but the `keep` newest step_*.pt. latest.pt and best.pt are never touched."""
+    steps = sorted(Path(folder).glob("step_*.pt"))
+    for path in steps[: max(0, len(steps) - keep)]:
+        path.unlink()
+        Path(f"{path}.sha256").unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reading
+
+
+def read(path):
+    """The dictionary in `path`. Raises FileNotFoundError, or RuntimeError if the file is damaged or not ours."""
+    path, side = Path(path), Path(f"{path}.sha256")
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    if not side.is_file():
+        print(f"warning: {side.name} is missing, {path} is read unchecked", file=sys.stderr)
+    elif sha256(path) not in [line.split()[0] for line in side.read_text().splitlines() if line.strip()]:
+        raise RuntimeError(f"{path} is damaged: its sha256 is not the one in {side.name}; use another checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # a pickle that wants to run code ends here too
+        raise RuntimeError(f"{path} is not a readable checkpoint ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+    if not isinstance(state, dict) or state.get("format") != 1 or state.get("kind") not in MODELS:
+        raise RuntimeError(f"{path} is not a checkpoint of this project (kinds: {', '.join(MODELS)})")
+    return state
+
+
+def read_newest(folder):
+    """(state, path) of the newest checkpoint in a run folder that is whole; damaged ones are named and passed over."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no run folder {folder}")
+    for path in [folder / "latest.pt", *sorted(folder.glob("step_*.pt"), reverse=True)]:
+        try:
+            return read(path), path
+        except FileNotFoundError:
+            continue
+        except RuntimeError as e:
+            print(f"warning: {e}; trying the one before", file=sys.stderr)
+    raise RuntimeError(f"{folder} holds no readable checkpoint; start a new run in another --output_dir")
+
+
+def build(state):
+    """A model of the checkpoint's kind and sizes, with fresh weights."""
+    config_class, model_class = MODELS[state["kind"]]
+    return model_class(config_class(**state["model_config"]))
+
+
+def load(path, device="cpu", ema=True):
+    """A .pt file, or a run folder (its best.pt, else its newest), as a Loaded, the denoiser in eval mode.
+
+    ema: the averaged weights where the run kept them. Raises as `read` does.
+    """
+    path = Path(path)
+    if path.is_dir():
+        state, path = (read(path / "best.pt"), path / "best.pt") if (path / "best.pt").is_file() else read_newest(path)
+    else:
+        state = read(path)
+    denoiser = build(state)
+    denoiser.load_state_dict(state["ema"] if ema and state["ema"] else state["model"])
+    tokenizer = tokenizers.from_bytes(state["tokenizer"].numpy().tobytes())
+    return Loaded(denoiser.to(device).eval(), tokenizer, state["config"], state["step"], state, path)
+
+
+def newest_run(root="checkpoints"):
+    """The run folder under `root` that was written last: what sampling and evaluation take by default."""
+    runs = {p.parent for name in ("best.pt", "latest.pt") for p in Path(root).glob(f"*/{name}")}
+    if not runs:
+        raise FileNotFoundError(f"no run under {root}/; `make quickstart` trains one in minutes, or name a --ckpt")
+    return max(runs, key=lambda run: max(p.stat().st_mtime for p in run.glob("*.pt")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the run folder
+
+
+def open_run(folder, resume):
+    """Make or reopen a run folder and lock it for this process; returns the lock, to be kept.
+
+    Raises ValueError if the folder holds a run and `resume` is off, FileNotFoundError if it is on and there is no
+    folder, RuntimeError if another process trains in it. Temporary files of a killed run are removed.
+    """
+    folder = Path(folder)
+    if resume and not folder.is_dir():
+        raise FileNotFoundError(f"--resume: no run folder {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        raise RuntimeError(f"{folder} is locked: another run trains in it") from e
+    if not resume and any((folder / name).exists() for name in ("config.json", "metrics.jsonl", "latest.pt")):
+        raise ValueError(f"{folder} already holds a run; --resume goes on with it, another --output_dir starts anew")
+    for stale in folder.glob("*.tmp"):
+        stale.unlink()
+    return lock

@@ -1,0 +1,175 @@
+"""Masked discrete diffusion: how tokens are hidden, the training loss, and the bound that is reported.
+
+    x_t, masked = corrupt(x0, mask_id, generator=g)     # hide k of T tokens, k uniform on 1..T
+    nats = bound(denoiser, x0, generator=g)             # (B,) unbiased estimate of the negative ELBO, nats per token
+
+Everything is a function on tensors. A model with no time argument sees the time as the fraction that is hidden.
+Mathematics: docs/DIFFUSION_MODEL_DETAILED.md; LLaDA (arXiv 2502.09992) eq. 6, MDLM (2406.07524), MD4 (2406.04329).
+Shapes: B rows, T tokens, V real tokens, N hidden tokens of the batch; MASK is id V.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+# ---------------------------------------------------------------------------------------------------------------------
+# times and rates
+
+
+def draw_times(n, sampling="stratified", generator=None):
+    """n times, each uniform on (0, 1]. stratified: one in each of n equal slices.
+
+    The slices go to the rows in golden-ratio order, so that any run of neighbouring rows (a micro-batch, a rank) holds
+    small and large times alike: its number of hidden tokens hardly varies. Returns (n,) float64.
+    """
+    within = 1 - torch.rand(n, generator=generator, dtype=torch.float64)
+    if sampling == "uniform":
+        return within
+    golden = (torch.arange(n, dtype=torch.float64) * (math.sqrt(5) - 1) / 2) % 1
+    shift = torch.randint(n, (1,), generator=generator)  # makes every single row uniform
+    return ((golden.argsort().argsort() + shift) % n + within) / n
+
+
+def ramp(t, schedule):
+    """Share of the way from the lowest to the highest mask rate that is done at time t."""
+    return t if schedule == "linear" else (1 - torch.cos(math.pi * t)) / 2
+
+
+def rate_and_weight(t, schedule="linear", low=0.0, high=1.0, levels=0):
+    """Mask rate r(t), and the weight r'(t) / (high - low) of a row's mean cross-entropy, whose mean over t is 1.
+
+    levels = 0: continuous time. Otherwise t is rounded up to one of that many levels i / levels, and the derivative
+    becomes the difference of neighbouring levels, as in D3PM's discrete bound. t, r and weight: (n,).
+    """
+    if levels:
+        t = (t * levels).ceil() / levels
+        weight = levels * (ramp(t, schedule) - ramp(t - 1 / levels, schedule))
+    else:
+        weight = torch.ones_like(t) if schedule == "linear" else math.pi / 2 * torch.sin(math.pi * t)
+    return low + (high - low) * ramp(t, schedule), weight
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# hiding
+
+
+def hide_tokens(noise, k):
+    """The k positions of smallest noise in each row. noise (B, T), k (B,) -> masked (B, T) bool, exactly k a row."""
+    return noise.argsort(1).argsort(1) < k[:, None]
+
+
+def hide_spans(noise, coin, k, starts, mean_span_length):
+    """Whole words in geometric spans, until at least k tokens of the row are hidden.
+
+    noise, coin (B, T) uniform; starts (B, T) bool, true where a word begins; mean_span_length in words.
+    The word that crosses k is hidden whole, so that no akshara is cut: a row hides k to k + (its length) - 1 tokens.
+    """
+    position = torch.arange(noise.shape[1], device=noise.device).expand_as(noise)
+    starts = starts | (position == 0)
+    opens = starts & ((coin < 1 / mean_span_length) | (position == 0))  # a new span begins with this probability
+    first_of = lambda flags: torch.where(flags, position, 0).cummax(1).values  # noqa: E731
+    order = noise.gather(1, first_of(opens)).argsort(dim=1, stable=True)  # spans in random order, tokens in theirs
+    rank = order.argsort(1)
+    return rank.gather(1, first_of(starts)) < k[:, None]
+
+
+def corrupt(x0, mask_id, k=None, generator=None):
+    """Hide k of the T tokens in each row of x0 (B, T); k (B,) or, by default, stratified and uniform on 1..T.
+
+    Returns x_t (B, T) and masked (B, T) bool.
+    """
+    B, T = x0.shape
+    if k is None:
+        k = (draw_times(B, generator=generator) * T).ceil().long()
+    masked = hide_tokens(torch.rand(B, T, generator=generator), k.cpu()).to(x0.device)
+    return x0.masked_fill(masked, mask_id), masked
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what hiding costs
+
+
+def hidden_nll(denoiser, x_t, masked, x0, chunk=4096):
+    """-log p(x0 | x_t) of the hidden tokens alone: the head is computed nowhere else.
+
+    Returns nll (N,) in nats, fp32, and the row (N,) that each belongs to. Chunks keep the fp32 copies small.
+    """
+    device = next(denoiser.parameters()).device
+    where = masked.flatten().nonzero().squeeze(1)  # (N,) before it goes to the device: no waiting for the GPU
+    row, target = where // x0.shape[1], x0.flatten()[where]
+    x_t, where, row, target = (v.to(device, non_blocking=True) for v in (x_t, where, row, target))
+    logits = denoiser(x_t, where)  # (N, V)
+    parts = zip(logits.split(chunk), target.split(chunk), strict=True)
+    return torch.cat([F.cross_entropy(l.float(), y, reduction="none") for l, y in parts]), row
+
+
+def row_means(nll, row, B):
+    """Mean over each row's hidden tokens: nll (N,), row (N,) -> (B,). A row without any gives 0."""
+    total = nll.new_zeros(B).index_add(0, row, nll)
+    return total / nll.new_zeros(B).index_add(0, row, torch.ones_like(nll)).clamp(min=1)
+
+
+def training_loss(denoiser, x0, cfg, generator=None, part=(0, 1), starts=None):
+    """Scalar training loss of x0 (B, T), in nats per token. cfg: a config.MaskConfig.
+
+    part = (i, n): these B rows are the i-th of n parts of one optimizer step. Times and masks are drawn for all n·B
+    rows and sliced, from a generator that stands the same for every part: times are stratified over the whole step,
+    and one big batch, accumulation and several processes give the same masks.
+    The weights are divided by their mean over the step: a model of constant cross-entropy costs exactly its constant.
+    starts (B, T) bool: where words begin, for masking_strategy span.
+    """
+    (B, T), (i, n) = x0.shape, part
+    mine = slice(i * B, (i + 1) * B)
+    t = draw_times(n * B, cfg.timestep_sampling, generator)
+    levels = cfg.timesteps if cfg.time_mode == "discrete" else 0
+    rate, weight = rate_and_weight(t, cfg.mask_schedule, cfg.min_mask_rate, cfg.max_mask_rate, levels)
+    k = (rate * T).ceil().clamp(1, T).long()  # (n·B,) exact counts
+    if cfg.loss_weight == "low_var":  # every hidden token counts the same (arXiv 2602.15014)
+        weight = k.double()
+    weight = (weight / weight.mean())[mine].float()
+
+    noise = torch.rand(n * B, T, generator=generator)[mine]
+    if cfg.masking_strategy == "span":
+        coin = torch.rand(n * B, T, generator=generator)[mine]
+        starts = torch.ones(B, T, dtype=torch.bool) if starts is None else starts.cpu()
+        masked = hide_spans(noise, coin, k[mine], starts, cfg.mean_span_length)
+    else:
+        masked = hide_tokens(noise, k[mine])
+    masked = masked.to(x0.device)
+    nll, row = hidden_nll(denoiser, x0.masked_fill(masked, denoiser.mask_id), masked, x0)
+    return (row_means(nll, row, B) * weight.to(nll.device)).mean()
+
+
+@torch.no_grad()
+def bound(denoiser, x0, generator=None, k=None):
+    """Unbiased estimate of the negative ELBO of each row of x0 (B, T): (B,) nats per token, one mask a row.
+
+    Hide k of T tokens, k uniform on 1..T, and take the row's own mean over its hidden tokens (LLaDA eq. 6). A mean
+    over all hidden tokens of the batch is not a bound. k (B,): counts that the caller stratified.
+    """
+    x_t, masked = corrupt(x0, denoiser.mask_id, k, generator)
+    return row_means(*hidden_nll(denoiser, x_t, masked, x0), x0.shape[0]).cpu()
+
+
+def bound_windows(denoiser, windows, masks, seed=0, batch_size=32):
+    """The bound of every window under `masks` stratified masks each, from fixed seeds.
+
+    windows: list of (T_w,) long tensors, each run of equal lengths is batched. Returns nats per token and the hidden
+    fraction k / T_w, both (windows, masks).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([len(w) for w in windows])
+    slices = (torch.arange(masks) + 1 - torch.rand(len(windows), masks, generator=generator)) / masks
+    k = (slices * lengths[:, None]).ceil().long()  # (windows, masks), each uniform on 1..T_w over its slice
+    nats = torch.zeros(k.shape)
+    start = 0
+    while start < len(windows):
+        same = start + 1
+        while same < min(len(windows), start + batch_size) and lengths[same] == lengths[start]:
+            same += 1
+        x0 = torch.stack(windows[start:same])
+        for j in range(masks):
+            nats[start:same, j] = bound(denoiser, x0, generator, k[start:same, j])
+        start = same
+    return nats, k / lengths[:, None]

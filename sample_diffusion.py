@@ -1,0 +1,152 @@
+"""Any checkpoint → Hindi text: continue a prompt, fill blanks, or write freely, all positions at once, step by step.
+
+    python sample_diffusion.py --prompt "एक दिन" --max_new_tokens 64 --steps 16
+    python sample_diffusion.py --prompt "मैं कल ___ गया था" --html replay.html      # ___5___ is a blank of five tokens
+
+Counted are the tokens that are shown and were not given; forwards are passes through the model, of the whole batch.
+"""
+
+import re
+import shutil
+import sys
+import time
+
+import torch
+
+import checkpoint
+import sampling
+import traces
+from config import SampleConfig, check, parse, run_main
+from train_diffusion import pick_device
+
+BLANK = re.compile(r"_{3,}(?:(\d+)_{3,})?")
+FREE_LENGTHS = range(1, 9)  # tokens tried for a blank of free length
+
+
+def canvases(prompt, tokenizer, mask_id, max_new_tokens, limit):
+    """A prompt → the canvases (lists of ids with MASKs) it can become: several if a blank's length is free.
+
+    Raises ValueError if one is longer than `limit`, or if there is nothing to fill.
+    """
+    pieces = BLANK.split(prompt)  # text, length or None, text, ...
+    if len(pieces) == 1:
+        rows = [tokenizer.encode(prompt) + [mask_id] * max_new_tokens]
+    else:
+        # the space before a blank belongs to the word that fills it, as in every token of a word
+        texts = [tokenizer.encode(t.removesuffix(" ") if i < len(pieces) // 2 else t) for i, t in enumerate(pieces[::2])]
+        lengths = [int(n) if n else None for n in pieces[1::2]]
+        check(all(n != 0 for n in lengths), "a blank of 0 tokens holds nothing; use 1 or more")
+        rows = []
+        for free in FREE_LENGTHS if None in lengths else [0]:
+            row = list(texts[0])
+            for n, text in zip(lengths, texts[1:], strict=True):
+                row += [mask_id] * (n or free) + text
+            rows.append(row)
+    longest = max(map(len, rows))
+    check(longest <= limit, f"the prompt and what is to be written take {longest} tokens, the model's window holds {limit}; "
+                            f"shorten the prompt ({len(tokenizer.encode(prompt))} tokens) or --max_new_tokens")  # fmt: skip
+    check(longest > 0, "there is nothing to write: the prompt is empty and --max_new_tokens is 0")
+    return rows
+
+
+def right_padded(rows, pad_id, device):
+    """Lists of ids → x (B, T) and lengths (B,), None if all rows are equally long."""
+    T = max(map(len, rows))
+    x = torch.tensor([row + [pad_id] * (T - len(row)) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return x, (lengths if len(set(map(len, rows))) > 1 else None)
+
+
+class Screen:
+    """The first row's text, redrawn in place after each step."""
+
+    def __init__(self):
+        self.drawn, self.size = 0, shutil.get_terminal_size()
+
+    def show(self, units):
+        lines = traces.render(units, self.size.columns - 1)[-self.size.lines + 3 :]
+        sys.stdout.write("\x1b[F" * self.drawn + "".join(f"\x1b[2K{line}\n" for line in lines) + "\x1b[J")
+        sys.stdout.flush()
+        self.drawn = len(lines)
+
+
+def generate(loaded, prompts, cfg, on_step=None):
+    """Samples for each prompt, in one batch. on_step(step) sees every step; row 0 is the first sample shown.
+
+    Returns (ids of each sample, cut at EOS; tokens written in each; the last Step; the rows of the batch shown).
+    """
+    tokenizer, denoiser = loaded.tokenizer, loaded.denoiser
+    groups = []  # one a sample: the rows that compete for it
+    rows = []
+    for prompt in prompts:
+        options = canvases(prompt, tokenizer, denoiser.mask_id, cfg.max_new_tokens, denoiser.config.max_seq_len)
+        for _ in range(cfg.num_samples):
+            groups.append(range(len(rows), len(rows) + len(options)))
+            rows += options
+    x, lengths = right_padded(rows, tokenizer.pad_id, next(denoiser.parameters()).device)
+    given, log_p = x != denoiser.mask_id, torch.zeros(x.shape, device=x.device)
+    special = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    steps = []
+    for step in sampling.denoise(denoiser, x, cfg.strategy, cfg.steps, cfg.temperature, cfg.top_k, cfg.top_p, cfg.threshold,
+                                 forbid=special, lengths=lengths, generator=generator):  # fmt: skip
+        log_p += torch.where(step.revealed, step.confidence.clamp(min=1e-9).log(), 0.0)
+        steps.append(step)
+        if on_step:
+            on_step(step)
+    # of a free blank's lengths the one whose tokens were surest as they were decided
+    mean_log_p = log_p.sum(1) / (~given).sum(1).clamp(min=1)
+    best = [max(group, key=lambda r: float(mean_log_p[r])) for group in groups]
+    texts, written = [], []
+    for r in best:
+        ids, new = steps[-1].x[r, : len(rows[r])].tolist(), (~given[r]).tolist()
+        last_given = max((i for i in range(len(ids)) if not new[i]), default=-1)
+        end = next((i for i in range(last_given + 1, len(ids)) if ids[i] == tokenizer.eos_id), len(ids))
+        texts.append(ids[:end])
+        written.append(sum(new[:end]))
+    return texts, written, steps, best
+
+
+def main():
+    (cfg,) = parse(__doc__, SampleConfig)
+    loaded = checkpoint.load(cfg.ckpt or checkpoint.newest_run(), pick_device(cfg.device), cfg.ema)
+    tokenizer, mask_id = loaded.tokenizer, loaded.denoiser.mask_id
+    if cfg.tokenizer:
+        given = checkpoint.sha256(cfg.tokenizer)
+        check(given == tokenizer.sha256, f"{cfg.tokenizer} (sha256 {given[:12]}) is not the tokenizer of {loaded.path} "
+                                         f"({tokenizer.sha256[:12]}); leave --tokenizer out")  # fmt: skip
+    prompts = [p.strip() for p in cfg.prompt.split("||")]
+    blanks = any(BLANK.search(p) for p in prompts)
+    print(f"{loaded.path}, step {loaded.step:,}", file=sys.stderr)
+
+    # a blank of free length is many canvases until the best is known, so only the others appear live
+    screen = Screen() if cfg.live and sys.stdout.isatty() and not blanks else None
+    meta = dict(model=str(loaded.path), strategy=cfg.strategy, steps=cfg.steps, temperature=cfg.temperature, seed=cfg.seed)
+    trace = traces.Trace(tokenizer, mask_id, prompts[0], meta)
+
+    def on_step(step):
+        if screen:
+            trace.add(step)
+            screen.show(trace.units)
+
+    start = time.perf_counter()
+    texts, written, steps, best = generate(loaded, prompts, cfg, on_step)
+    seconds = time.perf_counter() - start
+    if not screen:
+        for step in steps:
+            trace.add(step, row=best[0])
+    for i, ids in enumerate(texts):
+        if screen and i == 0:
+            continue
+        print(tokenizer.decode(ids), end="\n" if i + 1 == len(texts) else "\n\n")
+    forwards = steps[-1].forwards
+    print(f"\n{sum(written)} tokens in {forwards} forwards, {sum(written) / max(1, forwards):.1f} tokens a forward, "
+          f"{sum(written) / seconds:,.0f} tokens/s ({seconds:.2f} s)")  # fmt: skip
+    for path, write in ((cfg.html, trace.save_html), (cfg.json, trace.save)):
+        if path:
+            write(path)
+            print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    run_main(main)

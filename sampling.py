@@ -1,0 +1,150 @@
+"""Sampling: one loop that fills every MASK of a canvas by iterative unmasking.
+
+    for step in denoise(denoiser, x, strategy="confidence", steps=16, generator=g):     # x (B, T) holds MASK
+        print(step.forwards, step.x)                                                    # the last step has no MASK
+
+Each step makes one forward, first chooses positions (a strategy: a small function in STRATEGIES), then draws their
+tokens. Given tokens may stand anywhere, so that continuing, infilling and writing freely are the same thing.
+Shapes: B rows, T tokens, V real tokens, N open positions of the whole batch.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Step:
+    x: torch.Tensor  # (B, T) long: the canvas after this step
+    revealed: torch.Tensor  # (B, T) bool: decided in this step
+    confidence: torch.Tensor  # (B, T): probability of the token where decided; of the likeliest one where open
+    forwards: int  # forwards so far
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# strategies: scores (N,) of the open positions; those that score highest are decided first
+
+
+def random_order(probs, position, generator):
+    """Any order, the same for every token: one token a forward draws from the model's joint distribution."""
+    return torch.rand(len(probs), generator=generator).to(probs.device)
+
+
+def left_to_right(probs, position, generator):
+    return -position.float()
+
+
+def confidence(probs, position, generator):
+    """Probability of the likeliest token (MaskGIT, arXiv 2202.04200)."""
+    return probs.amax(1)
+
+
+def margin(probs, position, generator):
+    """Likeliest token against the second likeliest (arXiv 2502.06768)."""
+    first, second = probs.topk(2, dim=1).values.unbind(1)
+    return first - second
+
+
+def entropy(probs, position, generator):
+    return (probs * probs.clamp(min=1e-30).log()).sum(1)
+
+
+STRATEGIES = {
+    "random": random_order,
+    "left_to_right": left_to_right,
+    "confidence": confidence,
+    "margin": margin,
+    "entropy": entropy,
+    "threshold": confidence,  # and every position surer than the threshold (Fast-dLLM, arXiv 2505.22618)
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# drawing tokens
+
+
+def filter_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """logits (N, V) -> probabilities (N, V): temperature, then the k likeliest, then the fewest that hold top_p.
+
+    The token that crosses top_p is kept, so that the kept mass is at least top_p.
+    """
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter(1, logits.argmax(1, keepdim=True), 1.0)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=1).values[:, -1:], -math.inf)
+    probs = logits.softmax(1)
+    if top_p < 1:
+        ordered, index = probs.sort(1, descending=True)
+        ordered = ordered.masked_fill(ordered.cumsum(1) - ordered >= top_p, 0)  # mass before the token
+        probs = torch.zeros_like(probs).scatter(1, index, ordered)
+    return probs / probs.sum(1, keepdim=True)
+
+
+def draw(probs, generator=None):
+    """One token a row of probs (N, V), by inverting the distribution function in float64: exact (N,) long."""
+    cumulative = probs.double().cumsum(1)
+    u = torch.rand(len(probs), 1, generator=generator, dtype=torch.float64).to(probs.device)
+    token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).squeeze(1)
+    return torch.minimum(token, (probs > 0).long().cumsum(1).argmax(1))  # u rounded up to 1: the last possible token
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+@torch.no_grad()
+def denoise(denoiser, x, strategy="confidence", steps=16, temperature=1.0, top_k=0, top_p=1.0, threshold=0.9,
+            forbid=(), lengths=None, generator=None):  # fmt: skip
+    """Fill every MASK of x (B, T) in at most `steps` forwards; yields a Step after each.
+
+    A row with n open positions gets its share of n / steps positions a step, or, with fewer than `steps` open
+    positions, one a step. Positions are chosen by the undisturbed probabilities, tokens are drawn with temperature
+    (0 takes the likeliest), top_k and top_p. forbid: ids that are never drawn. lengths (B,): rows are right-padded.
+    generator: a CPU generator. Raises ValueError for a wrong setting and FloatingPointError for logits that are not
+    finite.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
+    if steps < 1:
+        raise ValueError(f"{steps} steps cannot fill anything; use 1 or more")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, needs to be 0 or more")
+    if not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(f"top_p is {top_p} and top_k {top_k}; they need 0 < top_p <= 1 and top_k >= 0")
+    x = x.clone()
+    (B, T), device = x.shape, x.device
+    is_open = x == denoiser.mask_id  # (B, T)
+    wanted = is_open.sum(1)  # (B,)
+    steps = min(steps, int(wanted.max()))
+    if steps == 0:  # nothing to fill
+        yield Step(x, is_open, torch.ones(B, T, device=device), 0)
+    for i in range(steps):
+        # (B,) open positions that this step leaves: an even share a step, and a short row is done early
+        leave = wanted - (wanted * (i + 1) // steps).clamp(min=i + 1).minimum(wanted)
+        quota = (is_open.sum(1) - leave).clamp(min=1)  # threshold may be ahead of its share
+        where = is_open.flatten().nonzero().squeeze(1)  # (N,)
+        if len(where) == 0:
+            return
+        logits = denoiser(x, where, lengths).float()  # (N, V)
+        if not torch.isfinite(logits).all():
+            raise FloatingPointError(f"the model's logits are not finite at step {i + 1}; the checkpoint is broken")
+        if len(forbid):
+            logits[:, list(forbid)] = -math.inf
+        probs = logits.softmax(1)
+
+        score = torch.full((B * T,), -math.inf, device=device)
+        score[where] = STRATEGIES[strategy](probs, where % T, generator)
+        order = score.view(B, T).argsort(dim=1, descending=True, stable=True)  # (B, T)
+        reveal = (order.argsort(1) < quota[:, None]) & is_open  # (B, T)
+        if strategy == "threshold":
+            reveal |= (score.view(B, T) > threshold) & is_open
+
+        chosen = reveal.flatten()[where]  # (N,)
+        token = draw(filter_probs(logits[chosen], temperature, top_k, top_p), generator)  # (n,)
+        x.view(-1)[where[chosen]] = token
+        sure = torch.ones(B * T, device=device)
+        sure[where] = probs.amax(1)
+        sure[where[chosen]] = probs[chosen].gather(1, token[:, None]).squeeze(1)
+        is_open = is_open & ~reveal
+        yield Step(x.clone(), reveal, sure.view(B, T), i + 1)

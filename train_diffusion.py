@@ -1,0 +1,413 @@
+"""THE training loop of nanoHinDi. The other trainers name another model for it.
+
+    python train_diffusion.py --preset tiny --data_dir data/processed --output_dir checkpoints/diffusion_hi
+    torchrun --nproc_per_node 2 train_diffusion.py --data_dir data/processed
+
+Read `train` from top to bottom: set-up, then the loop: learning rate → evaluate and save → forward, backward → clip,
+step → log. Every random draw is a pure function of (seed, step): a resumed run repeats the uninterrupted one bit for
+bit, and looking at a run (validation, samples) never changes it.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import checkpoint
+import dataset
+import diffusion
+import ngram
+import sampling
+import tokenizer as tokenizers
+from config import PROMPTS, MaskConfig, TrainConfig, check, parse, run_main
+from optimizer import EMA, make_optimizers
+
+# what a resumed run may change; everything else must stay as it was
+MAY_CHANGE = {"max_steps", "resume", "plan", "check", "output_dir", "data_dir", "preset", "batch_size", "grad_accum", "amp",
+              "device", "threads", "compile", "activation_checkpointing", "wandb", "keep", "log_interval", "eval_interval",
+              "eval_masks", "eval_windows", "sample_interval", "sample_steps", "save_interval"}  # fmt: skip
+
+MARGIN = 0.18  # how far below the unigram's the bound must be for --check
+
+# ---------------------------------------------------------------------------------------------------------------------
+# choices of the machine
+
+
+def pick_device(name, local_rank=0):
+    """auto → what is there. Raises ValueError for a device that does not work."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
+        torch.empty(1, device=device)
+        return device
+    except Exception as e:
+        raise ValueError(f"--device {name} does not work here ({str(e).splitlines()[0]})") from e
+
+
+def pick_precision(amp, device, width=256):
+    """dtype for autocast, or None for plain fp32. auto: bf16 where a measured matrix product gains from it.
+
+    A CPU without bf16 instructions multiplies bf16 matrices hundreds of times slower than fp32 ones.
+    """
+    if amp != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+    def seconds(dtype):
+        x, w = torch.randn(width, width, device=device), torch.randn(width, width, device=device)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            F.linear(x.to(dtype), w.to(dtype)).float().sum().item()  # .item() waits for the device
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else None
+
+
+def generator_for(purpose, seed, step=0):
+    """A CPU generator that is a pure function of its arguments: 0 masks, 1 dropout, 2 samples."""
+    state = np.random.SeedSequence([seed, step, purpose]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
+
+
+def peak_memory(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pieces of the loop
+
+
+def learning_rate(step, run):
+    """Share of the peak rate at a step: a rise, a plateau, and a fall to zero (or none)."""
+    rise = min(1.0, (step + 1) / max(1.0, run.warmup * run.max_steps))
+    if run.lr_schedule == "cosine":
+        return rise * (1 + math.cos(math.pi * step / run.max_steps)) / 2
+    left = (run.max_steps - step) / max(1.0, run.decay * run.max_steps)
+    return rise * (min(1.0, left) if run.lr_schedule == "linear" else 1.0)
+
+
+def average_gradients(model, world):
+    """Mean of the gradients over all processes, in one message."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    for g, piece in zip(grads, (flat / world).split([g.numel() for g in grads]), strict=True):
+        g.copy_(piece.view_as(g))
+
+
+def validate(model, windows, byte_lengths, run):
+    """The bound over the validation windows: dict of nats_per_token and bits_per_byte."""
+    nats, _ = diffusion.bound_windows(model, windows, run.eval_masks)
+    tokens = torch.tensor([len(w) for w in windows])
+    total = float((nats.mean(1) * tokens).sum())
+    text = int(byte_lengths[torch.cat(windows)].sum())
+    return {"nats_per_token": total / int(tokens.sum()), "bits_per_byte": total / math.log(2) / max(1, text)}
+
+
+def sample(model, tokenizer, run, step):
+    """A line of text for each fixed prompt that fits the window."""
+    lines = []
+    for i, prompt in enumerate(PROMPTS):
+        ids = tokenizer.encode(prompt)[: run.seq_len // 2]
+        x = torch.tensor([ids + [model.mask_id] * (min(64, run.seq_len) - len(ids))], device=next(model.parameters()).device)
+        for s in sampling.denoise(model, x, steps=run.sample_steps, temperature=0.8,
+                                  forbid=(tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id),
+                                  generator=generator_for(2, run.seed, i)):  # fmt: skip
+            pass
+        lines.append(tokenizer.decode(s.x[0].tolist()))
+    return lines
+
+
+def start_wandb(run, config):
+    """Weights & Biases, or None: a logging service never stops a run."""
+    try:
+        import wandb
+
+        try:
+            socket.create_connection(("api.wandb.ai", 443), timeout=2).close()
+            mode = "online"
+        except OSError:
+            mode = "offline"
+        return wandb.init(project="nanohindi", name=Path(run.output_dir).name, dir=run.output_dir, config=config, mode=mode)
+    except Exception as e:
+        print(f"warning: no wandb ({e}); metrics.jsonl is written all the same", file=sys.stderr)
+
+
+def differences(old, new):
+    """Fields in which a resumed run differs from its checkpoint, as one line; '' if only what may change does."""
+    fields = [k for k in new if k in old and k not in MAY_CHANGE and old[k] != new[k]]
+    return ", ".join(f"{k} was {old[k]!r} and is {new[k]!r}" for k in fields)
+
+
+def check_against_ngrams(folder, data, run, device):
+    """Print the best checkpoint's bound beside what counting achieves; RuntimeError if it is not well below a unigram."""
+    loaded = checkpoint.load(folder / "best.pt", device)
+    V, windows = loaded.tokenizer.vocab_size, dataset.windows(data.val, run.seq_len)
+    byte_lengths = torch.tensor([len(loaded.tokenizer.token_bytes(i)) for i in range(V)])
+    ours = validate(loaded.denoiser, windows, byte_lengths, dataclasses.replace(run, eval_masks=16))["bits_per_byte"]
+    scale = 1 / math.log(2) / int(byte_lengths[torch.cat(windows)].sum())
+    unigram, bigram = (count(data.train[: ngram.MOST_TOKENS], data.val, V) * scale for count in (ngram.unigram, ngram.bigram))
+    print(f"check: validation bound {ours:.4f} bits/byte; unigram {unigram:.4f} ({ours / unigram - 1:+.1%}); "
+          f"bigram {bigram:.4f} ({ours / bigram - 1:+.1%})")  # fmt: skip
+    if not ours <= (1 - MARGIN) * unigram:
+        raise RuntimeError(f"the bound {ours:.4f} is not {MARGIN:.0%} below the unigram's {unigram:.4f}; train longer")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+def train(kind, mask, sizes, run, quiet=False):
+    """Train a model of `kind` (a key of checkpoint.MODELS); returns the last validation, a dict."""
+    rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    first = rank == 0
+    device = pick_device(run.device, local_rank)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    say = (lambda *a: None) if quiet or not first else (lambda *a: tqdm.write(" ".join(map(str, a))))
+
+    # --- data: x0 comes from train.bin through dataset.batch, nowhere else
+    data = dataset.load(run.data_dir)
+    folder = Path(run.data_dir)
+    tokenizer = tokenizers.load(folder / data.meta["tokenizer"]["file"])
+    V, n_parts = tokenizer.vocab_size, run.grad_accum * world
+    check(tokenizer.sha256 == data.meta["tokenizer"]["sha256"],
+          f"{folder}/{data.meta['tokenizer']['file']} is not the tokenizer that made {folder}; run prepare.py again")  # fmt: skip
+    check(V == data.meta["vocab_size"], f"meta.json states {data.meta['vocab_size']} ids, the tokenizer has {V}")
+    dataset.batch(data.train, run.seq_len, range(0), n_parts * run.batch_size, run.seed, 0)  # long enough?
+    starts = torch.from_numpy(tokenizer.word_starts())  # (V,) bool
+    byte_lengths = torch.tensor([len(tokenizer.token_bytes(i)) for i in range(V)])
+    windows = dataset.windows(data.val, run.seq_len, run.eval_windows)
+
+    # --- model, optimizer, average
+    torch.manual_seed(run.seed)
+    config_class, model_class = checkpoint.MODELS[kind]
+    sizes = dataclasses.replace(sizes, vocab_size=V, max_seq_len=run.seq_len)
+    model = model_class(sizes).to(device)
+    model.activation_checkpointing = run.activation_checkpointing
+    optimizers = make_optimizers(model, run.optimizer, run.lr, run.weight_decay, run.beta2)
+    ema = EMA(model, run.ema) if run.ema else None
+    dtype = pick_precision(run.amp, device)
+    autocast = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if run.compile:
+        model.compile()  # in place: the names of the weights stay, and every model(...) is compiled
+
+    # --- run folder; resume
+    config = dict(kind=kind, **dataclasses.asdict(mask), **dataclasses.asdict(sizes), **dataclasses.asdict(run))
+    config |= dict(rows_a_step=n_parts * run.batch_size, data_sha256=data.hash, tokenizer_sha256=tokenizer.sha256)
+    step, best, overflows, seconds, out = 0, math.inf, 0, 0.0, Path(run.output_dir)
+    if first:
+        lock = checkpoint.open_run(out, run.resume)  # noqa: F841  held until the process ends
+    if run.resume:
+        state, path = checkpoint.read_newest(out)
+        difference = differences(state["config"], config)
+        check(not difference, f"{path} belongs to another run: {difference}; use another --output_dir")
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if ema:
+            ema.shadow = {k: v.to(device) for k, v in state["ema"].items()}
+        scaler.load_state_dict(state["scaler"])
+        step, best, overflows, seconds = state["step"], state["best"], state["overflows"], state["seconds"]
+        say(f"resumed {path} at step {step:,}")
+    if first:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        facts = dict(torch=torch.__version__, device=str(device), precision=str(dtype or torch.float32), world=world,
+                     git_commit=git.stdout.strip(), parameters=sum(p.numel() for p in model.parameters()))  # fmt: skip
+        checkpoint.replace(out / "config.json", lambda t: t.write_text(json.dumps(config | facts, indent=1) + "\n"))
+        metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")
+        board = start_wandb(run, config | facts) if run.wandb else None
+        say(f"{kind}: {facts['parameters']:,} parameters on {device} in {facts['precision']}; {len(data.train):,} training "
+            f"tokens, {n_parts * run.batch_size} × {run.seq_len} a step")  # fmt: skip
+
+    def log(record):
+        if first:
+            metrics.write(json.dumps(record, ensure_ascii=False) + "\n")
+            metrics.flush()
+            if board:
+                board.log(record, step=record["step"])
+
+    def save(*names):
+        state = dict(format=1, kind=kind, model_config=dataclasses.asdict(sizes), config=config, step=step, best=best,
+                     overflows=overflows, seconds=seconds, model=model.state_dict(), ema=ema.shadow if ema else {},
+                     optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
+                     tokenizer=torch.frombuffer(bytearray(tokenizer.to_bytes()), dtype=torch.uint8))  # fmt: skip
+        for name in names:
+            checkpoint.save(out / name, state)
+
+    caught = []  # the first signal; the loop looks at it once a step, so a save is never cut
+    handlers = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=run.max_steps, initial=step, unit="step", disable=None if first and not quiet else True, leave=False)
+    clock, valid, logged = time.perf_counter(), {}, (step, seconds)
+    model.train()
+    while True:
+        # --- learning rate
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = run.lr * learning_rate(step, run)
+
+        # --- evaluate and save, by the averaged weights, on the first process alone
+        last, stop = step >= run.max_steps, bool(caught)
+        if world > 1:
+            flag = torch.tensor([float(stop)], device=device)
+            dist.all_reduce(flag)  # a signal to one process stops all at the same step
+            stop = flag.item() > 0
+        if first:
+            improved = False
+            model.eval()
+            with ema.applied(model) if ema else contextlib.nullcontext(), autocast:
+                if (run.eval_interval and step % run.eval_interval == 0 and step and not stop) or last:
+                    start = time.perf_counter()
+                    valid = validate(model, windows, byte_lengths, run)
+                    improved = valid["bits_per_byte"] < best  # NaN is never best
+                    log(dict(step=step, val=valid, seconds={"validation": time.perf_counter() - start}))
+                    say(f"step {step:,}: validation bound {valid['bits_per_byte']:.4f} bits/byte, "
+                        f"{valid['nats_per_token']:.4f} nats/token")  # fmt: skip
+                if run.sample_interval and step % run.sample_interval == 0 and step and not stop:
+                    texts = sample(model, tokenizer, run, step)
+                    log(dict(step=step, samples=texts))
+                    say("\n".join(texts))
+            model.train()
+            if improved:
+                best = valid["bits_per_byte"]
+                save("best.pt")
+            due = step % run.save_interval == 0 and step
+            if due or last or stop:
+                save("latest.pt", *([f"step_{step:06d}.pt"] if due and run.keep else []))
+                checkpoint.prune(out, run.keep)
+        if last or stop:
+            break
+
+        # --- forward, backward: each part of the step brings its rows and its slice of the masks
+        torch.manual_seed(generator_for(1, run.seed, step).initial_seed() + rank)  # dropout
+        when = ("elbo" if step >= run.max_steps * (1 - run.decay) else "low_var") if mask.loss_weight == "mix" else None
+        step_mask = dataclasses.replace(mask, loss_weight=when) if when else mask
+        total = torch.zeros((), device=device)
+        for micro in range(run.grad_accum):
+            i = micro * world + rank
+            rows = range(i * run.batch_size, (i + 1) * run.batch_size)
+            x0 = dataset.batch(data.train, run.seq_len, rows, n_parts * run.batch_size, run.seed, step)  # (B, T)
+            with autocast:
+                loss = model.loss(x0, step_mask, generator_for(0, run.seed, step), part=(i, n_parts), starts=starts[x0])
+            scaler.scale(loss / run.grad_accum).backward()
+            total += loss.detach() / run.grad_accum
+        if world > 1:
+            average_gradients(model, world)
+            dist.all_reduce(total)
+            total /= world
+
+        # --- clip, step
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip or math.inf)
+        loss, norm = torch.stack([total, norm]).tolist()  # the step's only wait for the device
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step} (windows {step * n_parts * run.batch_size:,} on, "
+                                     f"seed {run.seed}); the weights are unchanged; lower --lr or set --amp off")  # fmt: skip
+        if math.isfinite(norm):
+            overflows = 0
+            for optimizer in optimizers:
+                optimizer.step()
+        elif not scaler.is_enabled():
+            raise FloatingPointError(f"the gradient norm is {norm} at step {step}; the weights are unchanged; lower --lr")
+        else:  # fp16 overflows now and then: the scaler halves its factor and the step is left out
+            overflows += 1
+            if overflows == 20:
+                raise FloatingPointError(f"fp16 overflowed in 20 steps in a row, the last at step {step}; use --amp bf16 or off")
+        scaler.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if ema:
+            ema.update(model, step)
+
+        # --- log
+        seconds, clock = seconds + time.perf_counter() - clock, time.perf_counter()
+        bar.update(1)
+        if step % run.log_interval == 0 or step == 1:
+            rate = (step - logged[0]) * n_parts * run.batch_size * run.seq_len / max(seconds - logged[1], 1e-9)
+            logged = step, seconds
+            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
+            log(dict(step=step, loss=loss, grad_norm=norm, lr=optimizers[0].param_groups[0]["lr"],
+                     tokens=step * n_parts * run.batch_size * run.seq_len,
+                     seconds={"training": seconds, "tokens_a_second": rate, "peak_bytes": peak_memory(device)}))  # fmt: skip
+
+    # --- the end
+    bar.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if first:
+        metrics.close()
+        if board:
+            board.finish()
+    if stop and not last:
+        say(f"stopped at step {step:,}, saved in {out}; --resume goes on")
+        sys.exit(128 + (caught[0] if caught else signal.SIGTERM))
+    if first:
+        say(f"done: {step:,} steps in {seconds:,.0f} s of training, best validation bound {best:.4f} bits/byte; {out}/best.pt")
+        if run.check:
+            check_against_ngrams(out, data, run, device)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return valid
+
+
+def plan(kind, mask, sizes, run):
+    """Run a few real steps in a temporary folder and print what the whole run will take here."""
+    probe = 6
+    with tempfile.TemporaryDirectory() as folder:
+        short = dataclasses.replace(run, plan=False, check=False, resume=False, wandb=False, output_dir=f"{folder}/run",
+                                    max_steps=probe, log_interval=1, eval_interval=0, sample_interval=0)  # fmt: skip
+        train(kind, mask, sizes, short, quiet=True)
+        lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl", encoding="utf-8")]
+        size = Path(f"{folder}/run/latest.pt").stat().st_size
+    clock = [line["seconds"]["training"] for line in lines if "loss" in line]
+    a_step = float(np.median(np.diff(clock)[1:]))  # the first steps warm up (and compile)
+    a_validation = next(line["seconds"]["validation"] for line in lines if "val" in line)
+    validations = run.max_steps // run.eval_interval if run.eval_interval else 1
+    total = clock[0] + a_step * run.max_steps + validations * a_validation
+    device = pick_device(run.device)
+    used = max(line["seconds"]["peak_bytes"] for line in lines if "loss" in line)
+    there = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
+             else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))  # fmt: skip
+    disk, free = size * (run.keep + 3), shutil.disk_usage(Path(run.output_dir).absolute().anchor).free
+    print(f"plan for {run.max_steps:,} steps on {device}: {total / 60:,.1f} minutes ({a_step:.3f} s a step, {validations} "
+          f"validations of {a_validation:.1f} s)\nmemory: {used / 2**30:.2f} of {there / 2**30:.1f} GiB; "
+          f"disk: {disk / 2**30:.2f} GiB of {free / 2**30:.1f} GiB free\n"
+          f"{'it fits' if used < 0.9 * there and disk < free else 'it does not fit'}; nothing was started")  # fmt: skip
+
+
+def main(kind="transformer", **defaults):
+    """Command line of a trainer; `defaults` replace those of config.py."""
+    mask, sizes, run = parse(__doc__, MaskConfig, checkpoint.MODELS[kind][0], TrainConfig, **defaults)
+    (plan if run.plan else train)(kind, mask, sizes, run)
+
+
+if __name__ == "__main__":
+    run_main(main)
