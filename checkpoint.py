@@ -73,14 +73,15 @@ def save(path, state, retries=2):
     for attempt in range(retries + 1):
         try:
             replace(path, write)
-            newest = side.read_text().splitlines()[0] + "\n"
-            replace(side, lambda t: t.write_text(newest))
+            replace(side, lambda t: t.write_text(side.read_text().splitlines()[0] + "\n"))
             return
         except (OSError, RuntimeError) as e:  # torch.save reports a full disk as RuntimeError
             if attempt == retries:
                 free = shutil.disk_usage(path.parent).free / 2**20
-                raise RuntimeError(f"cannot write {path} ({str(e).splitlines()[0]}; {free:,.0f} MiB free); earlier "
-                                   "checkpoints stand; make room and --resume") from e  # fmt: skip
+                raise RuntimeError(
+                    f"cannot write {path} ({str(e).splitlines()[0]}; {free:,.0f} MiB free); earlier "
+                    "checkpoints stand; make room and --resume"
+                ) from e
             time.sleep(1)
 
 

@@ -2,7 +2,7 @@
 
     python train_diffusion.py --help        # prints what stands here
 
-A script picks the dataclasses it needs: `mask, model, train = parse(__doc__, MaskConfig, TransformerConfig, TrainConfig)`.
+A script picks the dataclasses it needs: `mask, sizes, run = parse(__doc__, MaskConfig, TransformerConfig, TrainConfig)`
 Errors: a ValueError, a missing path or a refused permission means that the command is wrong (exit 2); anything else
 that is raised means that the command was right and the run failed (exit 1). `run_main` turns both into one line.
 """
@@ -28,21 +28,34 @@ def knob(default, help, choices=None, flag=True):
 
 @dataclass
 class PrepareConfig:
-    input: str = knob("", "text to prepare: files, folders or globs (.txt .jsonl .parquet), comma-separated; - reads "
-                      "standard input; empty takes the novel Devdas")  # fmt: skip
+    input: str = knob(
+        "",
+        "text to prepare: files, folders or globs (.txt .jsonl .parquet), comma-separated; - reads "
+        "standard input; empty takes the novel Devdas",
+    )
     output_dir: str = knob("data/processed", "folder that receives train.bin, val.bin, meta.json and tokenizer.model")
     dataset: str = knob("", "a data set of the hub by name or a local folder of one, streamed (needs the hub extra)")
     dataset_config: str = knob("", "configuration of the data set, such as 20231101.hi")
     dataset_split: str = knob("train", "split of the data set to read")
     text_field: str = knob("text", "field that holds the text in .jsonl, .parquet and data sets")
-    documents: str = knob("auto", "what ends a document in .txt: a blank line (auto), the file, or the line (row); in "
-                          ".jsonl, .parquet and data sets it is the row", ("auto", "blank", "file", "row"))  # fmt: skip
-    tokenizer: str = knob("bpe", "bpe or unigram (SentencePiece, trained here), bytes, tiktoken:NAME such as "
-                          "tiktoken:o200k_base, or the path of a trained tokenizer.model")  # fmt: skip
+    documents: str = knob(
+        "auto",
+        "what ends a document in .txt: a blank line (auto), the file, or the line (row); in "
+        ".jsonl, .parquet and data sets it is the row",
+        ("auto", "blank", "file", "row"),
+    )
+    tokenizer: str = knob(
+        "bpe",
+        "bpe or unigram (SentencePiece, trained here), bytes, tiktoken:NAME such as "
+        "tiktoken:o200k_base, or the path of a trained tokenizer.model",
+    )
     vocab_size: int = knob(8192, "upper limit of the SentencePiece vocabulary; a small text trains fewer pieces")
     val_fraction: float = knob(0.1, "share of the documents held out for validation, chosen by hash")
-    romanized: float = knob(0.0, "share of the training documents added once more in romanised Hindi, as people type "
-                            "it; validation stays as it is, so that figures compare")  # fmt: skip
+    romanized: float = knob(
+        0.0,
+        "share of the training documents added once more in romanised Hindi, as people type "
+        "it; validation stays as it is, so that figures compare",
+    )
     source: str = knob("", "where the text came from, kept in meta.json")
     license: str = knob("", "licence of the text, kept in meta.json")
     workers: int = knob(0, "processes that tokenize; 0 is one a core")
@@ -60,23 +73,33 @@ class PrepareConfig:
 class MaskConfig:
     """The forward process and the weight of the training loss (docs/DIFFUSION_MODEL_DETAILED.md)."""
 
-    time_mode: str = knob("continuous", "times from the interval, or from `timesteps` levels", ("continuous", "discrete"))
+    time_mode: str = knob(
+        "continuous", "times from the interval, or from `timesteps` levels", ("continuous", "discrete")
+    )
     timesteps: int = knob(1000, "levels of time_mode discrete")
-    timestep_sampling: str = knob("stratified", "spread the times of one optimizer step evenly, or draw each alone",
-                                  ("stratified", "uniform"))  # fmt: skip
+    timestep_sampling: str = knob(
+        "stratified", "spread the times of one optimizer step evenly, or draw each alone", ("stratified", "uniform")
+    )
     mask_schedule: str = knob("linear", "how the masked fraction grows with time", ("linear", "cosine"))
     min_mask_rate: float = knob(0.0, "masked fraction at time 0; only 0 to 1 is the ELBO")
     max_mask_rate: float = knob(1.0, "masked fraction at time 1; sampling starts at 1")
-    masking_strategy: str = knob("token", "hide single tokens, or geometric spans of whole words (training only)",
-                                 ("token", "span"))  # fmt: skip
+    masking_strategy: str = knob(
+        "token", "hide single tokens, or geometric spans of whole words (training only)", ("token", "span")
+    )
     mean_span_length: float = knob(3.0, "mean span, in words, of masking_strategy span")
-    loss_weight: str = knob("elbo", "elbo: the bound; low_var: every hidden token counts the same; mix: low_var, then "
-                            "elbo while the learning rate decays", ("elbo", "low_var", "mix"))  # fmt: skip
+    loss_weight: str = knob(
+        "elbo",
+        "elbo: the bound; low_var: every hidden token counts the same; mix: low_var, then "
+        "elbo while the learning rate decays",
+        ("elbo", "low_var", "mix"),
+    )
 
     def __post_init__(self):
         check(self.timesteps >= 1, f"--timesteps is {self.timesteps}, needs to be 1 or more")
-        check(0 <= self.min_mask_rate < self.max_mask_rate <= 1,
-              f"the mask rates are {self.min_mask_rate} to {self.max_mask_rate}; they need 0 <= min < max <= 1")  # fmt: skip
+        check(
+            0 <= self.min_mask_rate < self.max_mask_rate <= 1,
+            f"the mask rates are {self.min_mask_rate} to {self.max_mask_rate}; they need 0 <= min < max <= 1",
+        )
         check(self.mean_span_length >= 1, f"--mean_span_length is {self.mean_span_length}, needs to be 1 or more")
 
 
@@ -91,8 +114,10 @@ class TransformerConfig:
     dropout: float = knob(0.0, "dropout on each residual branch; 0 is off")
 
     def __post_init__(self):
-        check(self.d_model % self.n_heads == 0 and self.d_model // self.n_heads % 2 == 0,
-              f"--d_model {self.d_model} must split into --n_heads {self.n_heads} heads of even width")  # fmt: skip
+        check(
+            self.d_model % self.n_heads == 0 and self.d_model // self.n_heads % 2 == 0,
+            f"--d_model {self.d_model} must split into --n_heads {self.n_heads} heads of even width",
+        )
         check(min(self.d_model, self.n_layers, self.n_heads, self.d_ff) >= 1, "the model's sizes must be 1 or more")
         check(0 <= self.dropout < 1, f"--dropout is {self.dropout}, needs 0 <= dropout < 1")
 
@@ -101,8 +126,11 @@ class TransformerConfig:
 class TrainConfig:
     data_dir: str = knob("data/processed", "folder written by prepare.py")
     output_dir: str = knob("checkpoints/diffusion_hi", "run folder: config.json, metrics.jsonl and checkpoints")
-    preset: str = knob("laptop", "sizes to start from; flags override them: tiny ~1M parameters, laptop ~20M, base ~120M",
-                       ("tiny", "laptop", "base"))  # fmt: skip
+    preset: str = knob(
+        "laptop",
+        "sizes to start from; flags override them: tiny ~1M parameters, laptop ~20M, base ~120M",
+        ("tiny", "laptop", "base"),
+    )
     seq_len: int = knob(512, "tokens a window")
     batch_size: int = knob(4, "windows a forward, per process")
     grad_accum: int = knob(8, "forwards an optimizer step, per process")
@@ -116,8 +144,11 @@ class TrainConfig:
     lr_schedule: str = knob("linear", "shape of the fall, to zero", ("linear", "cosine", "constant"))
     grad_clip: float = knob(1.0, "largest gradient norm; 0 is off")
     ema: float = knob(0.999, "decay of the fp32 average of the weights that is evaluated and sampled; 0 is off")
-    amp: str = knob("auto", "mixed precision; auto: bf16 where a measured matrix product gains from it",
-                    ("auto", "bf16", "fp16", "off"))  # fmt: skip
+    amp: str = knob(
+        "auto",
+        "mixed precision; auto: bf16 where a measured matrix product gains from it",
+        ("auto", "bf16", "fp16", "off"),
+    )
     compile: bool = knob(False, "torch.compile the model; pays off after some minutes")
     activation_checkpointing: bool = knob(False, "recompute the blocks in the backward pass: less memory, more time")
     device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
@@ -137,8 +168,16 @@ class TrainConfig:
     wandb: bool = knob(False, "log to Weights & Biases too; offline when there is no network")
 
     def __post_init__(self):
-        for name in ("seq_len", "batch_size", "grad_accum", "max_steps", "log_interval", "eval_masks", "save_interval",
-                     "sample_steps"):  # fmt: skip
+        for name in (
+            "seq_len",
+            "batch_size",
+            "grad_accum",
+            "max_steps",
+            "log_interval",
+            "eval_masks",
+            "save_interval",
+            "sample_steps",
+        ):
             check(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}, needs to be 1 or more")
         for name in ("threads", "eval_interval", "eval_windows", "sample_interval", "keep"):
             check(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, needs to be 0 or more")
@@ -155,12 +194,18 @@ class TrainConfig:
 class SampleConfig:
     ckpt: str = knob("", "a .pt file or a run folder; empty takes the newest run under checkpoints/")
     tokenizer: str = knob("", "tokenizer.model to insist on; the checkpoint carries its own")
-    prompt: str = knob("", "text to continue; ___ is a blank of free length, ___5___ one of five tokens; several "
-                       "prompts are separated by ||; empty writes freely")  # fmt: skip
+    prompt: str = knob(
+        "",
+        "text to continue; ___ is a blank of free length, ___5___ one of five tokens; several "
+        "prompts are separated by ||; empty writes freely",
+    )
     max_new_tokens: int = knob(64, "tokens to write after the prompt; a prompt with blanks gets none")
     steps: int = knob(16, "denoising steps, each one forward; never more than there are open positions")
-    strategy: str = knob("confidence", "which positions are decided first (sampling.STRATEGIES)",
-                         ("random", "left_to_right", "confidence", "margin", "entropy", "threshold"))  # fmt: skip
+    strategy: str = knob(
+        "confidence",
+        "which positions are decided first (sampling.STRATEGIES)",
+        ("random", "left_to_right", "confidence", "margin", "entropy", "threshold"),
+    )
     temperature: float = knob(0.8, "0 takes the likeliest token")
     top_k: int = knob(0, "draw from the k likeliest tokens; 0 is off")
     top_p: float = knob(1.0, "draw from the fewest tokens that hold this much probability; 1 is off")
@@ -206,10 +251,21 @@ PROMPTS = ("मुझे एक अच्छी कहानी सुनाओ"
 
 # A preset is a set of defaults; measured sizes and times stand in the README.
 PRESETS = {
-    "tiny": dict(d_model=128, n_layers=4, n_heads=4, d_ff=344, seq_len=128, batch_size=16, grad_accum=1, max_steps=2000),
+    "tiny": dict(
+        d_model=128, n_layers=4, n_heads=4, d_ff=344, seq_len=128, batch_size=16, grad_accum=1, max_steps=2000
+    ),
     "laptop": {},  # the defaults above
-    "base": dict(d_model=768, n_layers=12, n_heads=12, d_ff=2048, seq_len=1024, batch_size=16, grad_accum=4,
-                 max_steps=50000, lr=1e-3),  # fmt: skip
+    "base": dict(
+        d_model=768,
+        n_layers=12,
+        n_heads=12,
+        d_ff=2048,
+        seq_len=1024,
+        batch_size=16,
+        grad_accum=4,
+        max_steps=50000,
+        lr=1e-3,
+    ),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,11 +297,13 @@ def add_flags(parser, configs):
             help = f"{f.metadata['help']} (default: {f.default!r})".replace("%", "%%")  # argparse formats it
             if f.type is bool:  # --compile and --no_compile
                 group.add_argument(f"--{f.name}", action="store_true", default=f.default, help=help)
-                group.add_argument(f"--no_{f.name}", dest=f.name, action="store_false", default=f.default,
-                                   help=argparse.SUPPRESS)  # fmt: skip
+                group.add_argument(
+                    f"--no_{f.name}", dest=f.name, action="store_false", default=f.default, help=argparse.SUPPRESS
+                )
             else:
-                group.add_argument(f"--{f.name}", type=f.type, default=f.default, choices=f.metadata["choices"],
-                                   help=help)  # fmt: skip
+                group.add_argument(
+                    f"--{f.name}", type=f.type, default=f.default, choices=f.metadata["choices"], help=help
+                )
 
 
 def parse(doc, *configs, argv=None, **defaults):

@@ -39,8 +39,12 @@ def load(data_dir):
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         dtype, V = DTYPES[meta["dtype"]], int(meta["vocab_size"])
-        expected = {split: (meta["splits"][split]["tokens"], meta["splits"][split]["sha256"]) for split in ("train", "val")}
-        digest = hashlib.sha256("".join([expected["train"][1], expected["val"][1], meta["tokenizer"]["sha256"]]).encode())
+        expected = {
+            split: (meta["splits"][split]["tokens"], meta["splits"][split]["sha256"]) for split in ("train", "val")
+        }
+        digest = hashlib.sha256(
+            "".join([expected["train"][1], expected["val"][1], meta["tokenizer"]["sha256"]]).encode()
+        )
     except (ValueError, KeyError, TypeError) as e:
         raise RuntimeError(f"{folder / 'meta.json'} is damaged ({e!r}); run prepare.py again") from e
     ids = {split: open_bin(folder / f"{split}.bin", dtype, V, *expected[split]) for split in ("train", "val")}
@@ -50,8 +54,9 @@ def load(data_dir):
 def open_bin(path, dtype, V, tokens, sha256):
     size = path.stat().st_size
     if size != tokens * dtype.itemsize:
-        raise RuntimeError(f"{path} has {size:,} bytes, meta.json says {tokens:,} tokens of {dtype.itemsize}; "
-                           "run prepare.py again")  # fmt: skip
+        raise RuntimeError(
+            f"{path} has {size:,} bytes, meta.json says {tokens:,} tokens of {dtype.itemsize}; run prepare.py again"
+        )
     if tokens == 0:
         raise ValueError(f"{path} is empty; the corpus is too small")
     ids, digest, largest = np.memmap(path, dtype, mode="r"), hashlib.sha256(), 0
@@ -81,8 +86,10 @@ def batch(ids, seq_len, rows, rows_a_step, seed, step):
     """
     slack = len(ids) - seq_len
     if slack < 0:
-        raise ValueError(f"the training text has {len(ids):,} tokens, fewer than one window of {seq_len:,}; "
-                         "use more text or a smaller --seq_len")  # fmt: skip
+        raise ValueError(
+            f"the training text has {len(ids):,} tokens, fewer than one window of {seq_len:,}; "
+            "use more text or a smaller --seq_len"
+        )
     windows = max(1, len(ids) // seq_len - 1)  # one less than fit, so that the grid can move
     out = np.empty((len(rows), seq_len), dtype=np.int64)
     for i, r in enumerate(rows):

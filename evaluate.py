@@ -18,7 +18,7 @@ import dataset
 import diffusion
 import ngram
 from config import EvaluateConfig, check, parse, run_main
-from train_diffusion import pick_device
+from machine import pick_device
 
 BINS = 10
 
@@ -40,14 +40,24 @@ def text_sizes(windows, tokenizer):
 
 
 def evaluate(denoiser, tokenizer, windows, masks=16, seed=0, batch_size=32):
-    """The bound ± standard error of the windows, and cross-entropy by the fraction of tokens that was hidden: a dict."""
-    nats, hidden = diffusion.bound_windows(denoiser, windows, masks, seed, batch_size)  # (windows, masks), nats per token
+    """The bound ± standard error of the windows, and cross-entropy by the hidden fraction of tokens: a dict."""
+    nats, hidden = diffusion.bound_windows(
+        denoiser, windows, masks, seed, batch_size
+    )  # (windows, masks), nats per token
     tokens, n_bytes, n_chars = text_sizes(windows, tokenizer)
     total = nats.double().mean(1) * tokens  # (windows,) nats
-    result = {"windows": len(windows), "masks": masks, "tokens": int(tokens.sum()), "bytes": int(n_bytes.sum()),
-              "characters": int(n_chars.sum())}  # fmt: skip
-    units = dict(nats_per_token=(total, tokens), bits_per_byte=(total / math.log(2), n_bytes),
-                 bits_per_character=(total / math.log(2), n_chars))  # fmt: skip
+    result = {
+        "windows": len(windows),
+        "masks": masks,
+        "tokens": int(tokens.sum()),
+        "bytes": int(n_bytes.sum()),
+        "characters": int(n_chars.sum()),
+    }
+    units = dict(
+        nats_per_token=(total, tokens),
+        bits_per_byte=(total / math.log(2), n_bytes),
+        bits_per_character=(total / math.log(2), n_chars),
+    )
     for name, (cost, size) in units.items():
         mean, error = ratio(cost, size)
         result[name] = {"mean": mean, "standard_error": error}
@@ -57,9 +67,23 @@ def evaluate(denoiser, tokenizer, windows, masks=16, seed=0, batch_size=32):
         values = nats[which == b].double()
         error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
         result["by_hidden_fraction"].append(
-            {"from": b / BINS, "to": (b + 1) / BINS, "n": len(values),
-             "nats_per_token": float(values.mean()) if len(values) else None, "standard_error": error})  # fmt: skip
+            {
+                "from": b / BINS,
+                "to": (b + 1) / BINS,
+                "n": len(values),
+                "nats_per_token": float(values.mean()) if len(values) else None,
+                "standard_error": error,
+            }
+        )
     return result
+
+
+def counting(train, windows, tokenizer):
+    """Bits per byte that unigram and bigram models, fitted on `train` (tokens,), cost on the windows: a dict."""
+    scored, V = torch.cat(windows).numpy(), tokenizer.vocab_size
+    scale = 1 / math.log(2) / float(text_sizes(windows, tokenizer)[1].sum())
+    train = train[: ngram.MOST_TOKENS]
+    return {"unigram": ngram.unigram(train, scored, V) * scale, "bigram": ngram.bigram(train, scored, V) * scale}
 
 
 def main():
@@ -67,32 +91,45 @@ def main():
     loaded = checkpoint.load(cfg.ckpt or checkpoint.newest_run(), pick_device(cfg.device), cfg.ema)
     tokenizer = loaded.tokenizer
     data = dataset.load(cfg.data_dir or loaded.config["data_dir"])
-    check(data.meta["tokenizer"]["sha256"] == tokenizer.sha256,
-          f"{cfg.data_dir or loaded.config['data_dir']} was made with another tokenizer "
-          f"({data.meta['tokenizer']['sha256'][:12]}) than {loaded.path} ({tokenizer.sha256[:12]})")  # fmt: skip
+    check(
+        data.meta["tokenizer"]["sha256"] == tokenizer.sha256,
+        f"{cfg.data_dir or loaded.config['data_dir']} was made with another tokenizer "
+        f"({data.meta['tokenizer']['sha256'][:12]}) than {loaded.path} ({tokenizer.sha256[:12]})",
+    )
     ids = getattr(data, cfg.split)
     windows = dataset.windows(ids, loaded.denoiser.config.max_seq_len, cfg.max_windows)
     start = time.perf_counter()
     result = evaluate(loaded.denoiser, tokenizer, windows, cfg.masks, cfg.seed, cfg.batch_size)
     seconds = time.perf_counter() - start
 
-    scored = torch.cat(windows).numpy()
-    scale = 1 / math.log(2) / result["bytes"]
-    baselines = {name: count(data.train[: ngram.MOST_TOKENS], scored, tokenizer.vocab_size) * scale
-                 for name, count in (("unigram", ngram.unigram), ("bigram", ngram.bigram))}  # fmt: skip
-    result = {"checkpoint": str(loaded.path), "step": loaded.step, "kind": loaded.state["kind"], "split": cfg.split,
-              "data_sha256": data.hash, "ema": cfg.ema, "seed": cfg.seed, **result,
-              "baselines_bits_per_byte": baselines, "seconds": seconds}  # fmt: skip
+    baselines = counting(data.train, windows, tokenizer)
+    result = {
+        "checkpoint": str(loaded.path),
+        "step": loaded.step,
+        "kind": loaded.state["kind"],
+        "split": cfg.split,
+        "data_sha256": data.hash,
+        "ema": cfg.ema,
+        "seed": cfg.seed,
+        **result,
+        "baselines_bits_per_byte": baselines,
+        "seconds": seconds,
+    }
 
-    print(f"{loaded.path}, step {loaded.step:,}: {result['windows']} windows of {cfg.split}, {cfg.masks} masks each, "
-          f"{result['tokens']:,} tokens, {result['bytes']:,} bytes ({seconds:.1f} s)")  # fmt: skip
+    print(
+        f"{loaded.path}, step {loaded.step:,}: {result['windows']} windows of {cfg.split}, {cfg.masks} masks each, "
+        f"{result['tokens']:,} tokens, {result['bytes']:,} bytes ({seconds:.1f} s)"
+    )
     for name in ("bits_per_byte", "bits_per_character", "nats_per_token"):
         print(f"  {name.replace('_', ' '):20} {result[name]['mean']:.4f} ± {result[name]['standard_error']:.4f}")
     print("  bits per byte of counting: " + ", ".join(f"{name} {value:.4f}" for name, value in baselines.items()))
     print("  hidden        nats/token")
     for b in result["by_hidden_fraction"]:
         if b["n"]:
-            print(f"  {b['from']:.0%} – {b['to']:.0%}".ljust(16) + f"{b['nats_per_token']:.3f} ± {b['standard_error'] or 0:.3f}")
+            print(
+                f"  {b['from']:.0%} – {b['to']:.0%}".ljust(16)
+                + f"{b['nats_per_token']:.3f} ± {b['standard_error'] or 0:.3f}"
+            )
     output = Path(cfg.output) if cfg.output else loaded.path.parent / "eval.json"
     checkpoint.replace(output, lambda t: t.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
     print(f"wrote {output}")

@@ -92,7 +92,9 @@ class Denoiser(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.vocab_size < 1 or config.max_seq_len < 1:
-            raise ValueError(f"vocab_size {config.vocab_size} and max_seq_len {config.max_seq_len} need to be 1 or more")
+            raise ValueError(
+                f"vocab_size {config.vocab_size} and max_seq_len {config.max_seq_len} need to be 1 or more"
+            )
         self.config, self.mask_id = config, config.vocab_size
         self.embed = nn.Embedding(config.vocab_size + 1, config.d_model)  # the last row is MASK
         self.norm = RMSNorm(config.d_model)

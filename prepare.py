@@ -57,9 +57,8 @@ def read_text(path, name):
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as e:
                 utf16 = " (UTF-16?)" if offset == 0 and block[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-                raise ValueError(
-                    f"{name} is not UTF-8 at byte {offset - held + e.start}{utf16}; convert it to UTF-8"
-                ) from e
+                at = offset - held + e.start
+                raise ValueError(f"{name} is not UTF-8 at byte {at}{utf16}; convert it to UTF-8") from e
             # Devanagari in UTF-16 without a mark is valid UTF-8, all of it control characters: every second byte is 09
             for side in (block[::2], block[1::2]) if offset == 0 and b"\0" in block else ():
                 if side.count(b"\t") + side.count(b"\0") > 0.9 * len(side):
@@ -71,7 +70,7 @@ def read_text(path, name):
 
 
 def lines_of(blocks):
-    """Lines with their newline; of a line longer than a piece the parts, the last one with the newline."""
+    """Lines with a newline each; of a line longer than a piece the parts, the last one with the newline."""
     tail = ""
     for block in blocks:
         *lines, tail = (tail + block).split("\n")
@@ -80,7 +79,8 @@ def lines_of(blocks):
             end = tokenizers.cut(tail, 0, PIECE)
             yield tail[:end]
             tail = tail[end:]
-    yield tail
+    if tail:
+        yield tail + "\n"
 
 
 def blank(text):
@@ -88,16 +88,19 @@ def blank(text):
 
 
 def read_txt(path, name, documents):
-    held, size, gap, fresh = [], 0, "", True  # gap: line ends, of no interest until the document goes on
+    held, size, gap = [], 0, ""  # gap: line ends, of no interest until the document goes on
+    fresh, lead = True, ""  # a line begins here; lead: its first parts, while they are blank
     for line in lines_of(read_text(path, name)):
-        body = line[:-1] if line.endswith("\n") else line
-        body = body[:-1] if len(body) < len(line) and body.endswith("\r") else body
+        line, lead, ended = lead + line, "", line.endswith("\n")
+        body = line[:-1].removesuffix("\r") if ended else line
+        if blank(body) and fresh and not ended:
+            lead = line
+            continue
         if blank(body) and fresh:
             if documents == "file":
                 gap += line if held else ""
             elif held:
-                yield "".join(held)
-                yield None
+                yield from ("".join(held), None)
                 held, size, gap = [], 0, ""
             continue
         if size > PIECE:
@@ -105,14 +108,12 @@ def read_txt(path, name, documents):
             held, size = [""], 0
         held += [gap, body]
         size += len(gap) + len(body)
-        gap, fresh = line[len(body) :], line.endswith("\n")
-        if documents == "row" and fresh:
-            yield "".join(held)
-            yield None
+        gap, fresh = line[len(body) :], ended
+        if documents == "row" and ended:
+            yield from ("".join(held), None)
             held, size, gap = [], 0, ""
     if held:
-        yield "".join(held)
-        yield None
+        yield from ("".join(held), None)
 
 
 def row_text(row, field, where):
@@ -165,9 +166,8 @@ def split_row(text):
 
 def find_inputs(cfg, tmp):
     """The files to read, as (path, name in messages), and source and licence. What can be read only once is copied."""
-    named = dict(
-        source=cfg.source or cfg.input or " ".join((cfg.dataset, cfg.dataset_config)).strip(), license=cfg.license
-    )
+    origin = cfg.input or f"{cfg.dataset} {cfg.dataset_config}".strip()
+    named = {"source": cfg.source or origin, "license": cfg.license}
     if cfg.dataset:
         return [(spool_dataset(cfg, tmp / "dataset.jsonl"), cfg.dataset)], named
     if not cfg.input:
@@ -209,9 +209,7 @@ def spool_dataset(cfg, path):
     rows = datasets.load_dataset(cfg.dataset, cfg.dataset_config or None, split=cfg.dataset_split, streaming=True)
     with open(path, "w", encoding="utf-8", newline="\n") as f:
         for row in tqdm(rows, desc="fetching", unit="row", disable=None):
-            text = tokenizers.normalize(
-                row_text(row, cfg.text_field, cfg.dataset)
-            )  # no lone surrogate reaches the file
+            text = tokenizers.normalize(row_text(row, cfg.text_field, cfg.dataset))  # a lone surrogate is no UTF-8
             f.write(json.dumps(text, ensure_ascii=False) + "\n")
     return path
 
@@ -352,9 +350,7 @@ def make_tokenizer(cfg, texts):
     if cfg.tokenizer.startswith("tiktoken:"):
         return tokenizers.from_tiktoken(cfg.tokenizer.removeprefix("tiktoken:"))
     if not Path(cfg.tokenizer).is_file():
-        raise FileNotFoundError(
-            f"--tokenizer: {cfg.tokenizer} is no file, and not bpe, unigram, bytes or tiktoken:NAME"
-        )
+        raise FileNotFoundError(f"--tokenizer: {cfg.tokenizer} is no file, nor bpe, unigram, bytes or tiktoken:NAME")
     return tokenizers.load(cfg.tokenizer)
 
 
@@ -400,22 +396,18 @@ def start_worker(data):
 def tokenize(job):
     """One job → its split, the packed ids and what is counted."""
     seed, part, pieces = job
-    ids, text_bytes, characters, words, documents = [], 0, 0, 0, 0
+    ids, counts = [], collections.Counter()
     for latin, piece in pieces:
         if piece is None:
             ids.append(worker_tokenizer.eos_id)
-            documents += 1
+            counts["documents"] += 1
             continue
         text = tokenizers.normalize(piece)
         text = romanize(text, seed) if latin else text
         ids += worker_tokenizer.encode_normal(text)
-        text_bytes, characters, words = (
-            text_bytes + len(text.encode()),
-            characters + len(text),
-            words + len(text.split()),
-        )
-    counts = dict(documents=documents, tokens=len(ids), bytes=text_bytes, characters=characters, words=words)
-    return part, pack(ids, worker_tokenizer.vocab_size), collections.Counter(counts)
+        counts.update(bytes=len(text.encode()), characters=len(text), words=len(text.split()))
+    counts.update(tokens=len(ids))
+    return part, pack(ids, worker_tokenizer.vocab_size), counts
 
 
 def in_order(jobs, tokenizer, workers):
@@ -445,7 +437,8 @@ def flush(f):
 
 def write(corpus, tokenizer, workers, tmp, total):
     """Both .bin; returns what meta.json says of them. Plain writes: a full disk is an error, never a SIGBUS."""
-    counts = {part: collections.Counter() for part in ("train", "val")}
+    names = ("documents", "tokens", "bytes", "characters", "words")
+    counts = {part: collections.Counter(dict.fromkeys(names, 0)) for part in ("train", "val")}
     digests = {part: hashlib.sha256() for part in counts}
     with (
         open(tmp / "train.bin", "wb") as train,
@@ -455,7 +448,7 @@ def write(corpus, tokenizer, workers, tmp, total):
         for part, data, counted in in_order(corpus, tokenizer, workers):
             (train if part == "train" else val).write(data)
             digests[part].update(data)
-            counts[part] += counted
+            counts[part].update(counted)  # adds
             bar.update(counted["bytes"])
         flush(train)
         flush(val)

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -17,7 +18,7 @@ import checkpoint
 import sampling
 import traces
 from config import SampleConfig, check, parse, run_main
-from train_diffusion import pick_device
+from machine import pick_device
 
 BLANK = re.compile(r"_{3,}(?:(\d+)_{3,})?")
 FREE_LENGTHS = range(1, 9)  # tokens tried for a blank of free length
@@ -33,7 +34,9 @@ def canvases(prompt, tokenizer, mask_id, max_new_tokens, limit):
         rows = [tokenizer.encode(prompt) + [mask_id] * max_new_tokens]
     else:
         # the space before a blank belongs to the word that fills it, as in every token of a word
-        texts = [tokenizer.encode(t.removesuffix(" ") if i < len(pieces) // 2 else t) for i, t in enumerate(pieces[::2])]
+        texts = [
+            tokenizer.encode(t.removesuffix(" ") if i < len(pieces) // 2 else t) for i, t in enumerate(pieces[::2])
+        ]
         lengths = [int(n) if n else None for n in pieces[1::2]]
         check(all(n != 0 for n in lengths), "a blank of 0 tokens holds nothing; use 1 or more")
         rows = []
@@ -43,8 +46,11 @@ def canvases(prompt, tokenizer, mask_id, max_new_tokens, limit):
                 row += [mask_id] * (n or free) + text
             rows.append(row)
     longest = max(map(len, rows))
-    check(longest <= limit, f"the prompt and what is to be written take {longest} tokens, the model's window holds {limit}; "
-                            f"shorten the prompt ({len(tokenizer.encode(prompt))} tokens) or --max_new_tokens")  # fmt: skip
+    check(
+        longest <= limit,
+        f"the prompt and what is to be written take {longest} tokens, the model's window holds {limit}; "
+        f"shorten the prompt ({len(tokenizer.encode(prompt))} tokens) or --max_new_tokens",
+    )
     check(longest > 0, "there is nothing to write: the prompt is empty and --max_new_tokens is 0")
     return rows
 
@@ -70,32 +76,37 @@ class Screen:
         self.drawn = len(lines)
 
 
-def generate(loaded, prompts, cfg, on_step=None):
-    """Samples for each prompt, in one batch. on_step(step) sees every step; row 0 is the first sample shown.
+@dataclass
+class Samples:
+    texts: list  # ids of each sample, cut at EOS
+    written: list  # tokens of each that were not given
+    steps: list  # every Step of the batch
+    rows: list  # the row of the batch that each sample is
 
-    Returns (ids of each sample, cut at EOS; tokens written in each; the last Step; the rows of the batch shown).
+
+def generate(loaded, prompts, cfg, on_step=None):
+    """Samples for each prompt, cfg.num_samples each, in one batch. on_step(step) sees every step as it is made.
+
+    A blank of free length is tried in every length, each a row; the row whose tokens were surest on average wins.
     """
     tokenizer, denoiser = loaded.tokenizer, loaded.denoiser
-    groups = []  # one a sample: the rows that compete for it
-    rows = []
+    rows, groups = [], []  # groups: one a sample, the rows that compete for it
     for prompt in prompts:
         options = canvases(prompt, tokenizer, denoiser.mask_id, cfg.max_new_tokens, denoiser.config.max_seq_len)
         for _ in range(cfg.num_samples):
             groups.append(range(len(rows), len(rows) + len(options)))
             rows += options
     x, lengths = right_padded(rows, tokenizer.pad_id, next(denoiser.parameters()).device)
-    given, log_p = x != denoiser.mask_id, torch.zeros(x.shape, device=x.device)
-    special = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id)
+    given, log_p, steps = x != denoiser.mask_id, torch.zeros(x.shape, device=x.device), []
+    never = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id)
+    options = {k: getattr(cfg, k) for k in ("strategy", "steps", "temperature", "top_k", "top_p", "threshold")}
     generator = torch.Generator().manual_seed(cfg.seed)
-    steps = []
-    for step in sampling.denoise(denoiser, x, cfg.strategy, cfg.steps, cfg.temperature, cfg.top_k, cfg.top_p, cfg.threshold,
-                                 forbid=special, lengths=lengths, generator=generator):  # fmt: skip
+    for step in sampling.denoise(denoiser, x, **options, forbid=never, lengths=lengths, generator=generator):
         log_p += torch.where(step.revealed, step.confidence.clamp(min=1e-9).log(), 0.0)
         steps.append(step)
         if on_step:
             on_step(step)
-    # of a free blank's lengths the one whose tokens were surest as they were decided
-    mean_log_p = log_p.sum(1) / (~given).sum(1).clamp(min=1)
+    mean_log_p = log_p.sum(1) / (~given).sum(1).clamp(min=1)  # (B,)
     best = [max(group, key=lambda r: float(mean_log_p[r])) for group in groups]
     texts, written = [], []
     for r in best:
@@ -104,7 +115,7 @@ def generate(loaded, prompts, cfg, on_step=None):
         end = next((i for i in range(last_given + 1, len(ids)) if ids[i] == tokenizer.eos_id), len(ids))
         texts.append(ids[:end])
         written.append(sum(new[:end]))
-    return texts, written, steps, best
+    return Samples(texts, written, steps, best)
 
 
 def main():
@@ -113,15 +124,20 @@ def main():
     tokenizer, mask_id = loaded.tokenizer, loaded.denoiser.mask_id
     if cfg.tokenizer:
         given = checkpoint.sha256(cfg.tokenizer)
-        check(given == tokenizer.sha256, f"{cfg.tokenizer} (sha256 {given[:12]}) is not the tokenizer of {loaded.path} "
-                                         f"({tokenizer.sha256[:12]}); leave --tokenizer out")  # fmt: skip
+        check(
+            given == tokenizer.sha256,
+            f"{cfg.tokenizer} (sha256 {given[:12]}) is not the tokenizer of {loaded.path} "
+            f"({tokenizer.sha256[:12]}); leave --tokenizer out",
+        )
     prompts = [p.strip() for p in cfg.prompt.split("||")]
     blanks = any(BLANK.search(p) for p in prompts)
     print(f"{loaded.path}, step {loaded.step:,}", file=sys.stderr)
 
     # a blank of free length is many canvases until the best is known, so only the others appear live
     screen = Screen() if cfg.live and sys.stdout.isatty() and not blanks else None
-    meta = dict(model=str(loaded.path), strategy=cfg.strategy, steps=cfg.steps, temperature=cfg.temperature, seed=cfg.seed)
+    meta = dict(
+        model=str(loaded.path), strategy=cfg.strategy, steps=cfg.steps, temperature=cfg.temperature, seed=cfg.seed
+    )
     trace = traces.Trace(tokenizer, mask_id, prompts[0], meta)
 
     def on_step(step):
@@ -130,18 +146,18 @@ def main():
             screen.show(trace.units)
 
     start = time.perf_counter()
-    texts, written, steps, best = generate(loaded, prompts, cfg, on_step)
+    samples = generate(loaded, prompts, cfg, on_step)
     seconds = time.perf_counter() - start
     if not screen:
-        for step in steps:
-            trace.add(step, row=best[0])
-    for i, ids in enumerate(texts):
-        if screen and i == 0:
-            continue
-        print(tokenizer.decode(ids), end="\n" if i + 1 == len(texts) else "\n\n")
-    forwards = steps[-1].forwards
-    print(f"\n{sum(written)} tokens in {forwards} forwards, {sum(written) / max(1, forwards):.1f} tokens a forward, "
-          f"{sum(written) / seconds:,.0f} tokens/s ({seconds:.2f} s)")  # fmt: skip
+        for step in samples.steps:
+            trace.add(step, row=samples.rows[0])
+    shown = [tokenizer.decode(ids) for ids in samples.texts]
+    print("\n\n".join(shown[1:] if screen else shown))
+    written, forwards = sum(samples.written), samples.steps[-1].forwards
+    print(
+        f"\n{written} tokens in {forwards} forwards, {written / max(1, forwards):.1f} tokens a forward, "
+        f"{written / seconds:,.0f} tokens/s ({seconds:.2f} s)"
+    )
     for path, write in ((cfg.html, trace.save_html), (cfg.json, trace.save)):
         if path:
             write(path)

@@ -94,8 +94,19 @@ def draw(probs, generator=None):
 
 
 @torch.no_grad()
-def denoise(denoiser, x, strategy="confidence", steps=16, temperature=1.0, top_k=0, top_p=1.0, threshold=0.9,
-            forbid=(), lengths=None, generator=None):  # fmt: skip
+def denoise(
+    denoiser,
+    x,
+    strategy="confidence",
+    steps=16,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    threshold=0.9,
+    forbid=(),
+    lengths=None,
+    generator=None,
+):
     """Fill every MASK of x (B, T) in at most `steps` forwards; yields a Step after each.
 
     A row with n open positions gets its share of n / steps positions a step, or, with fewer than `steps` open

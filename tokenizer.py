@@ -222,7 +222,8 @@ def train_sentencepiece(texts, vocab_size, model_type="bpe"):
     options = dict(
         normalization_rule_name="identity", byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False,
         split_digits=True, user_defined_symbols=["\n"], character_coverage=0.9995, required_chars="▁",
-        hard_vocab_limit=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, max_sentence_length=1 << 15, num_threads=4, minloglevel=3)  # fmt: skip
+        hard_vocab_limit=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, max_sentence_length=1 << 15,
+        num_threads=4, minloglevel=3)  # fmt: skip
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size, model_type=model_type, **options

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -26,77 +25,33 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import checkpoint
 import dataset
-import diffusion
-import ngram
-import sampling
+import evaluate
+import sample_diffusion
 import tokenizer as tokenizers
-from config import PROMPTS, MaskConfig, TrainConfig, check, parse, run_main
+from config import PROMPTS, MaskConfig, SampleConfig, TrainConfig, check, parse, run_main
+from machine import peak_memory, pick_device, pick_precision, total_memory
 from optimizer import EMA, make_optimizers
 
 # what a resumed run may change; everything else must stay as it was
-MAY_CHANGE = {"max_steps", "resume", "plan", "check", "output_dir", "data_dir", "preset", "batch_size", "grad_accum", "amp",
-              "device", "threads", "compile", "activation_checkpointing", "wandb", "keep", "log_interval", "eval_interval",
-              "eval_masks", "eval_windows", "sample_interval", "sample_steps", "save_interval"}  # fmt: skip
-
+MAY_CHANGE = set(
+    "max_steps resume plan check output_dir data_dir preset batch_size grad_accum amp device threads compile "
+    "activation_checkpointing wandb keep log_interval eval_interval eval_masks eval_windows sample_interval sample_steps "
+    "save_interval".split()
+)
 MARGIN = 0.18  # how far below the unigram's the bound must be for --check
 
 # ---------------------------------------------------------------------------------------------------------------------
-# choices of the machine
-
-
-def pick_device(name, local_rank=0):
-    """auto → what is there. Raises ValueError for a device that does not work."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-        torch.empty(1, device=device)
-        return device
-    except Exception as e:
-        raise ValueError(f"--device {name} does not work here ({str(e).splitlines()[0]})") from e
-
-
-def pick_precision(amp, device, width=256):
-    """dtype for autocast, or None for plain fp32. auto: bf16 where a measured matrix product gains from it.
-
-    A CPU without bf16 instructions multiplies bf16 matrices hundreds of times slower than fp32 ones.
-    """
-    if amp != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-
-    def seconds(dtype):
-        x, w = torch.randn(width, width, device=device), torch.randn(width, width, device=device)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            F.linear(x.to(dtype), w.to(dtype)).float().sum().item()  # .item() waits for the device
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if seconds(torch.bfloat16) < 0.8 * seconds(torch.float32) else None
+# pieces of the loop
 
 
 def generator_for(purpose, seed, step=0):
-    """A CPU generator that is a pure function of its arguments: 0 masks, 1 dropout, 2 samples."""
+    """A CPU generator that is a pure function of its arguments; purpose: 0 masks, 1 dropout."""
     state = np.random.SeedSequence([seed, step, purpose]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
-def peak_memory(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# pieces of the loop
 
 
 def learning_rate(step, run):
@@ -117,29 +72,6 @@ def average_gradients(model, world):
         g.copy_(piece.view_as(g))
 
 
-def validate(model, windows, byte_lengths, run):
-    """The bound over the validation windows: dict of nats_per_token and bits_per_byte."""
-    nats, _ = diffusion.bound_windows(model, windows, run.eval_masks)
-    tokens = torch.tensor([len(w) for w in windows])
-    total = float((nats.mean(1) * tokens).sum())
-    text = int(byte_lengths[torch.cat(windows)].sum())
-    return {"nats_per_token": total / int(tokens.sum()), "bits_per_byte": total / math.log(2) / max(1, text)}
-
-
-def sample(model, tokenizer, run, step):
-    """A line of text for each fixed prompt that fits the window."""
-    lines = []
-    for i, prompt in enumerate(PROMPTS):
-        ids = tokenizer.encode(prompt)[: run.seq_len // 2]
-        x = torch.tensor([ids + [model.mask_id] * (min(64, run.seq_len) - len(ids))], device=next(model.parameters()).device)
-        for s in sampling.denoise(model, x, steps=run.sample_steps, temperature=0.8,
-                                  forbid=(tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id),
-                                  generator=generator_for(2, run.seed, i)):  # fmt: skip
-            pass
-        lines.append(tokenizer.decode(s.x[0].tolist()))
-    return lines
-
-
 def start_wandb(run, config):
     """Weights & Biases, or None: a logging service never stops a run."""
     try:
@@ -150,7 +82,9 @@ def start_wandb(run, config):
             mode = "online"
         except OSError:
             mode = "offline"
-        return wandb.init(project="nanohindi", name=Path(run.output_dir).name, dir=run.output_dir, config=config, mode=mode)
+        return wandb.init(
+            project="nanohindi", name=Path(run.output_dir).name, dir=run.output_dir, config=config, mode=mode
+        )
     except Exception as e:
         print(f"warning: no wandb ({e}); metrics.jsonl is written all the same", file=sys.stderr)
 
@@ -161,18 +95,18 @@ def differences(old, new):
     return ", ".join(f"{k} was {old[k]!r} and is {new[k]!r}" for k in fields)
 
 
-def check_against_ngrams(folder, data, run, device):
-    """Print the best checkpoint's bound beside what counting achieves; RuntimeError if it is not well below a unigram."""
+def check_against_counting(folder, data, run, device):
+    """Print the best checkpoint's bound beside what counting achieves; RuntimeError unless well below a unigram's."""
     loaded = checkpoint.load(folder / "best.pt", device)
-    V, windows = loaded.tokenizer.vocab_size, dataset.windows(data.val, run.seq_len)
-    byte_lengths = torch.tensor([len(loaded.tokenizer.token_bytes(i)) for i in range(V)])
-    ours = validate(loaded.denoiser, windows, byte_lengths, dataclasses.replace(run, eval_masks=16))["bits_per_byte"]
-    scale = 1 / math.log(2) / int(byte_lengths[torch.cat(windows)].sum())
-    unigram, bigram = (count(data.train[: ngram.MOST_TOKENS], data.val, V) * scale for count in (ngram.unigram, ngram.bigram))
-    print(f"check: validation bound {ours:.4f} bits/byte; unigram {unigram:.4f} ({ours / unigram - 1:+.1%}); "
-          f"bigram {bigram:.4f} ({ours / bigram - 1:+.1%})")  # fmt: skip
-    if not ours <= (1 - MARGIN) * unigram:
-        raise RuntimeError(f"the bound {ours:.4f} is not {MARGIN:.0%} below the unigram's {unigram:.4f}; train longer")
+    windows = dataset.windows(data.val, run.seq_len)
+    score = evaluate.evaluate(loaded.denoiser, loaded.tokenizer, windows)["bits_per_byte"]
+    counted = evaluate.counting(data.train, windows, loaded.tokenizer)
+    print(
+        f"check: validation bound {score['mean']:.4f} ± {score['standard_error']:.4f} bits/byte; "
+        + "; ".join(f"{name} {bits:.4f} ({score['mean'] / bits - 1:+.1%})" for name, bits in counted.items())
+    )
+    if not score["mean"] <= (1 - MARGIN) * counted["unigram"]:
+        raise RuntimeError(f"the bound is not {MARGIN:.0%} below the unigram's; train longer, or look at metrics.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,7 +115,9 @@ def check_against_ngrams(folder, data, run, device):
 
 def train(kind, mask, sizes, run, quiet=False):
     """Train a model of `kind` (a key of checkpoint.MODELS); returns the last validation, a dict."""
-    rank, world, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local_rank = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     first = rank == 0
     device = pick_device(run.device, local_rank)
     if run.threads:
@@ -195,12 +131,13 @@ def train(kind, mask, sizes, run, quiet=False):
     folder = Path(run.data_dir)
     tokenizer = tokenizers.load(folder / data.meta["tokenizer"]["file"])
     V, n_parts = tokenizer.vocab_size, run.grad_accum * world
-    check(tokenizer.sha256 == data.meta["tokenizer"]["sha256"],
-          f"{folder}/{data.meta['tokenizer']['file']} is not the tokenizer that made {folder}; run prepare.py again")  # fmt: skip
+    check(
+        tokenizer.sha256 == data.meta["tokenizer"]["sha256"],
+        f"{folder}/{data.meta['tokenizer']['file']} is not the tokenizer that made {folder}; run prepare.py again",
+    )
     check(V == data.meta["vocab_size"], f"meta.json states {data.meta['vocab_size']} ids, the tokenizer has {V}")
     dataset.batch(data.train, run.seq_len, range(0), n_parts * run.batch_size, run.seed, 0)  # long enough?
     starts = torch.from_numpy(tokenizer.word_starts())  # (V,) bool
-    byte_lengths = torch.tensor([len(tokenizer.token_bytes(i)) for i in range(V)])
     windows = dataset.windows(data.val, run.seq_len, run.eval_windows)
 
     # --- model, optimizer, average
@@ -237,13 +174,21 @@ def train(kind, mask, sizes, run, quiet=False):
         say(f"resumed {path} at step {step:,}")
     if first:
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-        facts = dict(torch=torch.__version__, device=str(device), precision=str(dtype or torch.float32), world=world,
-                     git_commit=git.stdout.strip(), parameters=sum(p.numel() for p in model.parameters()))  # fmt: skip
+        facts = dict(
+            torch=torch.__version__,
+            device=str(device),
+            precision=str(dtype or torch.float32),
+            world=world,
+            git_commit=git.stdout.strip(),
+            parameters=sum(p.numel() for p in model.parameters()),
+        )
         checkpoint.replace(out / "config.json", lambda t: t.write_text(json.dumps(config | facts, indent=1) + "\n"))
         metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")
         board = start_wandb(run, config | facts) if run.wandb else None
-        say(f"{kind}: {facts['parameters']:,} parameters on {device} in {facts['precision']}; {len(data.train):,} training "
-            f"tokens, {n_parts * run.batch_size} × {run.seq_len} a step")  # fmt: skip
+        say(
+            f"{kind}: {facts['parameters']:,} parameters on {device} in {facts['precision']}; "
+            f"{len(data.train):,} training tokens, {n_parts * run.batch_size} × {run.seq_len} a step"
+        )
 
     def log(record):
         if first:
@@ -253,16 +198,31 @@ def train(kind, mask, sizes, run, quiet=False):
                 board.log(record, step=record["step"])
 
     def save(*names):
-        state = dict(format=1, kind=kind, model_config=dataclasses.asdict(sizes), config=config, step=step, best=best,
-                     overflows=overflows, seconds=seconds, model=model.state_dict(), ema=ema.shadow if ema else {},
-                     optimizers=[o.state_dict() for o in optimizers], scaler=scaler.state_dict(),
-                     tokenizer=torch.frombuffer(bytearray(tokenizer.to_bytes()), dtype=torch.uint8))  # fmt: skip
+        state = dict(
+            format=1,
+            kind=kind,
+            model_config=dataclasses.asdict(sizes),
+            config=config,
+            step=step,
+            best=best,
+            overflows=overflows,
+            seconds=seconds,
+            model=model.state_dict(),
+            ema=ema.shadow if ema else {},
+            optimizers=[o.state_dict() for o in optimizers],
+            scaler=scaler.state_dict(),
+            tokenizer=torch.frombuffer(bytearray(tokenizer.to_bytes()), dtype=torch.uint8),
+        )
         for name in names:
             checkpoint.save(out / name, state)
 
     caught = []  # the first signal; the loop looks at it once a step, so a save is never cut
-    handlers = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=run.max_steps, initial=step, unit="step", disable=None if first and not quiet else True, leave=False)
+    handlers = {
+        s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
+    }
+    bar = tqdm(
+        total=run.max_steps, initial=step, unit="step", disable=None if first and not quiet else True, leave=False
+    )
     clock, valid, logged = time.perf_counter(), {}, (step, seconds)
     model.train()
     while True:
@@ -283,18 +243,28 @@ def train(kind, mask, sizes, run, quiet=False):
             with ema.applied(model) if ema else contextlib.nullcontext(), autocast:
                 if (run.eval_interval and step % run.eval_interval == 0 and step and not stop) or last:
                     start = time.perf_counter()
-                    valid = validate(model, windows, byte_lengths, run)
-                    improved = valid["bits_per_byte"] < best  # NaN is never best
-                    log(dict(step=step, val=valid, seconds={"validation": time.perf_counter() - start}))
-                    say(f"step {step:,}: validation bound {valid['bits_per_byte']:.4f} bits/byte, "
-                        f"{valid['nats_per_token']:.4f} nats/token")  # fmt: skip
+                    valid = evaluate.evaluate(model, tokenizer, windows, run.eval_masks)
+                    bits, nats = valid["bits_per_byte"]["mean"], valid["nats_per_token"]["mean"]
+                    improved = bits < best  # NaN is never best
+                    log(
+                        dict(
+                            step=step,
+                            bits_per_byte=bits,
+                            nats_per_token=nats,
+                            seconds={"validation": time.perf_counter() - start},
+                        )
+                    )
+                    say(f"step {step:,}: validation bound {bits:.4f} bits/byte, {nats:.4f} nats/token")
                 if run.sample_interval and step % run.sample_interval == 0 and step and not stop:
-                    texts = sample(model, tokenizer, run, step)
+                    view = checkpoint.Loaded(model, tokenizer, config, step, {}, out)
+                    prompts = [p for p in PROMPTS if len(tokenizer.encode(p)) <= run.seq_len // 2]
+                    cfg = SampleConfig(steps=run.sample_steps, seed=run.seed, max_new_tokens=run.seq_len // 2)
+                    texts = [tokenizer.decode(ids) for ids in sample_diffusion.generate(view, prompts, cfg).texts]
                     log(dict(step=step, samples=texts))
                     say("\n".join(texts))
             model.train()
             if improved:
-                best = valid["bits_per_byte"]
+                best = bits
                 save("best.pt")
             due = step % run.save_interval == 0 and step
             if due or last or stop:
@@ -327,18 +297,24 @@ def train(kind, mask, sizes, run, quiet=False):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip or math.inf)
         loss, norm = torch.stack([total, norm]).tolist()  # the step's only wait for the device
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step} (windows {step * n_parts * run.batch_size:,} on, "
-                                     f"seed {run.seed}); the weights are unchanged; lower --lr or set --amp off")  # fmt: skip
+            raise FloatingPointError(
+                f"the loss is {loss} at step {step} (windows {step * n_parts * run.batch_size:,} on, "
+                f"seed {run.seed}); the weights are unchanged; lower --lr or set --amp off"
+            )
         if math.isfinite(norm):
             overflows = 0
             for optimizer in optimizers:
                 optimizer.step()
         elif not scaler.is_enabled():
-            raise FloatingPointError(f"the gradient norm is {norm} at step {step}; the weights are unchanged; lower --lr")
+            raise FloatingPointError(
+                f"the gradient norm is {norm} at step {step}; the weights are unchanged; lower --lr"
+            )
         else:  # fp16 overflows now and then: the scaler halves its factor and the step is left out
             overflows += 1
             if overflows == 20:
-                raise FloatingPointError(f"fp16 overflowed in 20 steps in a row, the last at step {step}; use --amp bf16 or off")
+                raise FloatingPointError(
+                    f"fp16 overflowed in 20 steps in a row, the last at step {step}; use --amp bf16 or off"
+                )
         scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -353,9 +329,16 @@ def train(kind, mask, sizes, run, quiet=False):
             rate = (step - logged[0]) * n_parts * run.batch_size * run.seq_len / max(seconds - logged[1], 1e-9)
             logged = step, seconds
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
-            log(dict(step=step, loss=loss, grad_norm=norm, lr=optimizers[0].param_groups[0]["lr"],
-                     tokens=step * n_parts * run.batch_size * run.seq_len,
-                     seconds={"training": seconds, "tokens_a_second": rate, "peak_bytes": peak_memory(device)}))  # fmt: skip
+            log(
+                dict(
+                    step=step,
+                    loss=loss,
+                    grad_norm=norm,
+                    lr=optimizers[0].param_groups[0]["lr"],
+                    tokens=step * n_parts * run.batch_size * run.seq_len,
+                    seconds={"training": seconds, "tokens_a_second": rate, "peak_bytes": peak_memory(device)},
+                )
+            )
 
     # --- the end
     bar.close()
@@ -369,9 +352,9 @@ def train(kind, mask, sizes, run, quiet=False):
         say(f"stopped at step {step:,}, saved in {out}; --resume goes on")
         sys.exit(128 + (caught[0] if caught else signal.SIGTERM))
     if first:
-        say(f"done: {step:,} steps in {seconds:,.0f} s of training, best validation bound {best:.4f} bits/byte; {out}/best.pt")
+        say(f"done: {step:,} steps in {seconds:,.0f} s of training, best bound {best:.4f} bits/byte, in {out}/best.pt")
         if run.check:
-            check_against_ngrams(out, data, run, device)
+            check_against_counting(out, data, run, device)
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -382,25 +365,36 @@ def plan(kind, mask, sizes, run):
     """Run a few real steps in a temporary folder and print what the whole run will take here."""
     probe = 6
     with tempfile.TemporaryDirectory() as folder:
-        short = dataclasses.replace(run, plan=False, check=False, resume=False, wandb=False, output_dir=f"{folder}/run",
-                                    max_steps=probe, log_interval=1, eval_interval=0, sample_interval=0)  # fmt: skip
+        short = dataclasses.replace(
+            run,
+            plan=False,
+            check=False,
+            resume=False,
+            wandb=False,
+            output_dir=f"{folder}/run",
+            max_steps=probe,
+            log_interval=1,
+            eval_interval=0,
+            sample_interval=0,
+        )
         train(kind, mask, sizes, short, quiet=True)
         lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl", encoding="utf-8")]
         size = Path(f"{folder}/run/latest.pt").stat().st_size
     clock = [line["seconds"]["training"] for line in lines if "loss" in line]
     a_step = float(np.median(np.diff(clock)[1:]))  # the first steps warm up (and compile)
-    a_validation = next(line["seconds"]["validation"] for line in lines if "val" in line)
+    a_validation = next(line["seconds"]["validation"] for line in lines if "validation" in line["seconds"])
     validations = run.max_steps // run.eval_interval if run.eval_interval else 1
     total = clock[0] + a_step * run.max_steps + validations * a_validation
     device = pick_device(run.device)
     used = max(line["seconds"]["peak_bytes"] for line in lines if "loss" in line)
-    there = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda"
-             else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))  # fmt: skip
+    there = total_memory(device)
     disk, free = size * (run.keep + 3), shutil.disk_usage(Path(run.output_dir).absolute().anchor).free
-    print(f"plan for {run.max_steps:,} steps on {device}: {total / 60:,.1f} minutes ({a_step:.3f} s a step, {validations} "
-          f"validations of {a_validation:.1f} s)\nmemory: {used / 2**30:.2f} of {there / 2**30:.1f} GiB; "
-          f"disk: {disk / 2**30:.2f} GiB of {free / 2**30:.1f} GiB free\n"
-          f"{'it fits' if used < 0.9 * there and disk < free else 'it does not fit'}; nothing was started")  # fmt: skip
+    print(
+        f"plan for {run.max_steps:,} steps on {device}: {total / 60:,.1f} minutes ({a_step:.3f} s a step, "
+        f"{validations} validations of {a_validation:.1f} s)\nmemory: {used / 2**30:.2f} of {there / 2**30:.1f} GiB; "
+        f"disk: {disk / 2**30:.2f} GiB of {free / 2**30:.1f} GiB free\n"
+        f"{'it fits' if used < 0.9 * there and disk < free else 'it does not fit'}; nothing was started"
+    )
 
 
 def main(kind="transformer", **defaults):

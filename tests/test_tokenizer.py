@@ -81,7 +81,12 @@ def test_layout(tokenizers):
     for kind in ("bpe", "unigram", "bytes"):
         t = tokenizers[kind]
         assert (t.pad_id, t.bos_id, t.eos_id, t.unk_id) == (0, 1, 2, 3)
-    assert tokenizers["bytes"].vocab_size == 260 and tokenizers["bytes"].encode("aक") == [4 + 0x61, 0xE0 + 4, 0xA4 + 4, 0x95 + 4]
+    assert tokenizers["bytes"].vocab_size == 260 and tokenizers["bytes"].encode("aक") == [
+        4 + 0x61,
+        0xE0 + 4,
+        0xA4 + 4,
+        0x95 + 4,
+    ]
     n = ranks_file().count(b"\n")
     t = tokenizers["tiktoken"]
     assert (t.pad_id, t.bos_id, t.eos_id, t.unk_id, t.vocab_size) == (n, n + 1, n + 2, n + 3, n + 4)

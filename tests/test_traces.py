@@ -5,13 +5,14 @@ import os
 import random
 import stat
 import unicodedata
-from traces import BLOCK, OPEN, PLAYER, STATES, Trace, clusters, columns, html, plain, render, write
 from types import SimpleNamespace
 
 import pytest
 import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from traces import BLOCK, OPEN, PLAYER, STATES, Trace, clusters, columns, html, plain, render, write
 
 PIECES = ["स", "त्र", "ी", "क", "्ष", "ि", " ", " है", "ा", "में", "\n", "्", "हि", "न्दी", "\u200d", "\u200c", "a b", "😀"]
 
