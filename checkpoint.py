@@ -46,6 +46,11 @@ def sha256(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def sums(side):
+    """Lines of a .sha256; one that is damaged matches nothing."""
+    return side.read_text(errors="replace").splitlines()
+
+
 def replace(path, write):
     """Make `path` by write(temporary), fsync, rename: at every moment the old or the new file stands, whole."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -67,8 +72,8 @@ def save(path, state, retries=2):
 
     def write(temporary):
         torch.save(state, temporary)
-        sums = [f"{sha256(temporary)}  {path.name}", *(side.read_text().splitlines() if side.exists() else [])]
-        replace(side, lambda t: t.write_text("\n".join(sums) + "\n"))
+        lines = [f"{sha256(temporary)}  {path.name}", *(sums(side) if side.exists() else [])]
+        replace(side, lambda t: t.write_text("\n".join(lines) + "\n"))
 
     for attempt in range(retries + 1):
         try:
@@ -85,9 +90,14 @@ def save(path, state, retries=2):
             time.sleep(1)
 
 
+def numbered(folder):
+    """The step_*.pt, oldest first; past 999,999 the numbers get longer."""
+    return sorted(Path(folder).glob("step_*.pt"), key=lambda path: (len(path.name), path.name))
+
+
 def prune(folder, keep):
     """Delete all but the `keep` newest step_*.pt. latest.pt and best.pt are never touched."""
-    steps = sorted(Path(folder).glob("step_*.pt"))
+    steps = numbered(folder)
     for path in steps[: max(0, len(steps) - keep)]:
         path.unlink()
         Path(f"{path}.sha256").unlink(missing_ok=True)
@@ -104,7 +114,7 @@ def read(path):
         raise FileNotFoundError(f"no checkpoint {path}")
     if not side.is_file():
         print(f"warning: {side.name} is missing, {path} is read unchecked", file=sys.stderr)
-    elif sha256(path) not in [line.split()[0] for line in side.read_text().splitlines() if line.strip()]:
+    elif sha256(path) not in [line.split()[0] for line in sums(side) if line.strip()]:
         raise RuntimeError(f"{path} is damaged: its sha256 is not the one in {side.name}; use another checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -120,7 +130,7 @@ def read_newest(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no run folder {folder}")
-    for path in [folder / "latest.pt", *sorted(folder.glob("step_*.pt"), reverse=True)]:
+    for path in [folder / "latest.pt", *reversed(numbered(folder))]:
         try:
             return read(path), path
         except FileNotFoundError:

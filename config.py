@@ -9,6 +9,7 @@ that is raised means that the command was right and the run failed (exit 1). `ru
 
 import argparse
 import dataclasses
+import errno
 import math
 import os
 import signal
@@ -340,7 +341,8 @@ def run_main(main):
     except Exception as e:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        wrong = isinstance(e, (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError))
+        path = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+        wrong = isinstance(e, (ValueError, argparse.ArgumentError, *path)) or getattr(e, "errno", 0) == errno.EROFS
         code = 2 if wrong else 1
         print(f"error: {one_line(e)}", file=sys.stderr)
     sys.exit(code)

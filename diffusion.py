@@ -124,7 +124,7 @@ def training_loss(denoiser, x0, cfg, generator=None, part=(0, 1), starts=None):
     t = draw_times(n * B, cfg.timestep_sampling, generator)
     levels = cfg.timesteps if cfg.time_mode == "discrete" else 0
     rate, weight = rate_and_weight(t, cfg.mask_schedule, cfg.min_mask_rate, cfg.max_mask_rate, levels)
-    k = (rate * T).ceil().clamp(1, T).long()  # (n·B,) exact counts
+    k = (rate * T - 1e-9).ceil().clamp(1, T).long()  # (n·B,) exact counts; 0.07 · 100 is 7.000000000000001
     if cfg.loss_weight == "low_var":  # every hidden token counts the same (arXiv 2602.15014)
         weight = k.double()
     weight = (weight / weight.mean())[mine].float()

@@ -27,9 +27,12 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), 1e-6)
 
 
-def rotary_table(T, D, base=10_000.0):
-    """cos and sin of every position's angles, (T, D / 2) each (arXiv 2104.09864)."""
-    angle = torch.arange(T)[:, None] * base ** (-torch.arange(0, D, 2) / D)
+def rotary_table(T, D):
+    """cos and sin of every position's angles, (T, D / 2) each (arXiv 2104.09864).
+
+    The slowest pair turns by one radian over the window, so that all of them tell positions apart: base T, not 10,000.
+    """
+    angle = torch.arange(T)[:, None] * float(T) ** (-torch.arange(0, D, 2) / D)
     return angle.cos(), angle.sin()
 
 
@@ -40,15 +43,31 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
-    """Every position sees every other one: rotary positions, RMSNorm on queries and keys (arXiv 2302.05442)."""
+    """Every position sees every other one: rotary positions, RMSNorm on queries and keys (arXiv 2302.05442).
+
+    Queries and keys have a bias, and head h begins with a preference for one relative position: -1, 1, -2, 2, ...
+    All MASKs look alike, so without a constant part in q and k the rotary angles could not tell neighbours apart, and
+    training would stall at the unigram level for some hundred steps (docs/experiments.md).
+    """
 
     def __init__(self, config):
         super().__init__()
-        C, self.n_heads = config.d_model, config.n_heads
-        self.qkv = nn.Linear(C, 3 * C, bias=False)
+        C, self.n_heads, self.max_seq_len = config.d_model, config.n_heads, config.max_seq_len
+        self.qkv = nn.Linear(C, 3 * C)
         self.qkv.weight.pieces = 3  # Muon treats them as three matrices
         self.out = nn.Linear(C, C, bias=False)
         self.norm_q, self.norm_k = RMSNorm(C // self.n_heads), RMSNorm(C // self.n_heads)
+
+    @torch.no_grad()
+    def prefer_neighbours(self, size=0.25):
+        """Against the constant key bias, rotated by its position, a query bias rotated by o peaks at offset o."""
+        H, D = self.n_heads, self.norm_q.scale.numel()
+        offset = torch.arange(H) // 2 + 1  # 1, 1, 2, 2, ...
+        cos, sin = rotary_table(self.max_seq_len, D)
+        cos, sin = cos[offset % len(cos)], sin[offset % len(sin)] * (torch.arange(H) % 2 * 2 - 1)[:, None]  # left first
+        key = torch.cat((torch.ones(H, D // 2), torch.zeros(H, D // 2)), dim=1)  # angle 0 in every pair
+        value = torch.zeros(H, D)
+        self.qkv.bias.copy_(size * torch.cat((torch.cat((cos, sin), dim=1), key, value)).flatten())
 
     def forward(self, x, cos, sin, attend):
         B, T, C = x.shape
@@ -141,6 +160,8 @@ class Transformer(Denoiser):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self.init_weights()
+        for block in self.blocks:
+            block.attention.prefer_neighbours()
 
     def trunk(self, x_t, lengths=None):
         T = x_t.shape[1]

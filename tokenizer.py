@@ -215,13 +215,15 @@ def train_sentencepiece(texts, vocab_size, model_type="bpe"):
                     # a word of thousands of letters is no word, and costs the trainer quadratic time
                     yield from chunks(chunk, 64) if max(map(len, chunk.split(" "))) > 256 else (chunk,)
 
+    # split_digits knows 0 to 9 only; symbols of their own keep १९४७ from becoming one piece
+    symbols = ["\n", *"०१२३४५६७८९"]
     lines = [line for line in sentences() if line.strip()]
     if not lines:
         raise ValueError("there is no text to train a tokenizer on")
     model = io.BytesIO()
     options = dict(
         normalization_rule_name="identity", byte_fallback=True, add_dummy_prefix=False, remove_extra_whitespaces=False,
-        split_digits=True, user_defined_symbols=["\n"], character_coverage=0.9995, required_chars="▁",
+        split_digits=True, user_defined_symbols=symbols, character_coverage=0.9995, required_chars="▁",
         hard_vocab_limit=False, pad_id=0, bos_id=1, eos_id=2, unk_id=3, max_sentence_length=1 << 15,
         num_threads=4, minloglevel=3)  # fmt: skip
     try:

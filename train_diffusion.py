@@ -223,7 +223,7 @@ def train(kind, mask, sizes, run, quiet=False):
     bar = tqdm(
         total=run.max_steps, initial=step, unit="step", disable=None if first and not quiet else True, leave=False
     )
-    clock, valid, logged = time.perf_counter(), {}, (step, seconds)
+    valid, logged = {}, (step, seconds)
     model.train()
     while True:
         # --- learning rate
@@ -273,6 +273,7 @@ def train(kind, mask, sizes, run, quiet=False):
         if last or stop:
             break
 
+        clock = time.perf_counter()  # training alone: without validation, samples and saving
         # --- forward, backward: each part of the step brings its rows and its slice of the masks
         torch.manual_seed(generator_for(1, run.seed, step).initial_seed() + rank)  # dropout
         when = ("elbo" if step >= run.max_steps * (1 - run.decay) else "low_var") if mask.loss_weight == "mix" else None
@@ -323,7 +324,7 @@ def train(kind, mask, sizes, run, quiet=False):
             ema.update(model, step)
 
         # --- log
-        seconds, clock = seconds + time.perf_counter() - clock, time.perf_counter()
+        seconds += time.perf_counter() - clock
         bar.update(1)
         if step % run.log_interval == 0 or step == 1:
             rate = (step - logged[0]) * n_parts * run.batch_size * run.seq_len / max(seconds - logged[1], 1e-9)

@@ -143,7 +143,8 @@ def test_the_seed_moves_the_split(tmp_path):
 
 
 @pytest.mark.parametrize("text", [
-    "एक\nदो\nतीन", "\n".join(map(str, range(95))), "मैं कल बाज़ार गया था", "कखगघङ", "कि" * 30, "a b", "ab", story(1, 900)])  # fmt: skip
+    "एक\nदो\nतीन", "\n".join(map(str, range(95))), "मैं कल बाज़ार गया था", "कखगघङ", "कि" * 30, "a b", "ab",
+    story(1, 900)])  # fmt: skip
 def test_one_document(tmp_path, text):
     (tmp_path / "a.txt").write_text(text + "\n\n" + text, "utf-8")  # a copy of it is no second document
     run(tmp_path / "out", input=str(tmp_path / "a.txt"))
@@ -156,6 +157,10 @@ def test_one_document(tmp_path, text):
         assert train + val == lines[0] and train and val.strip()
         assert (" " in text) <= val.startswith(" ") and (text != "कि" * 30 or val.startswith("क"))
         assert len(text) < 500 or 0.08 < len(val) / len(text) < 0.12
+    run(tmp_path / "latin", input=str(tmp_path / "a.txt"), romanized=0.3)
+    again, latin = read(tmp_path / "latin", "train")[0]
+    assert again == train and read(tmp_path / "latin", "val")[0] == [val]
+    assert len(text) < 500 or 0.2 < len(latin) / len(romanize(train)) < 0.4
 
 
 def test_one_document_larger_than_a_piece(tmp_path, monkeypatch):
@@ -231,8 +236,12 @@ def test_reading_in_small_blocks(text, block, piece):
                 if part is None:
                     found.append("".join(held).replace("\ufeff", "").replace("\u200b", ""))
                 held = [] if part is None else [*held, part]
-            # a last line end \r\n goes with the line only where its \n stands in the file
-            assert [f.removesuffix("\r") for f in found] == reference(text, documents) and not held
+            if "\u200b" in text or "\ufeff" in text:  # one of them may hide the \r of a last line end
+                found = [f.rstrip("\r") for f in found]
+                assert found == [f.rstrip("\r") for f in reference(text, documents)]
+            else:
+                assert found == reference(text, documents)
+            assert not held
     finally:
         (prepare.BLOCK, prepare.PIECE) = before
         path.unlink()
@@ -247,7 +256,7 @@ def test_every_source_gives_the_same(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.txt").write_text("\ufeff" + "\n\n".join(stories[:30]), "utf-8", newline="")
     (tmp_path / "in/sub").mkdir()
-    (tmp_path / "in/sub/b.jsonl").write_text("\n".join(map(json.dumps, rows[30:])), "utf-8")
+    (tmp_path / "in/sub/b.jsonl").write_text("\n\n".join(map(json.dumps, rows[30:])) + "\n \n", "utf-8")
     (tmp_path / "in/readme.md").write_bytes(b"\xff")  # a folder gives only what can be text
     pq.write_table(pa.table({"text": stories + ["", None]}), tmp_path / "all.parquet")
     (tmp_path / "set").mkdir()
@@ -261,8 +270,8 @@ def test_every_source_gives_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": io.BytesIO(whole_text)}))
     run(tmp_path / "o4", input="-")
     os.mkfifo(tmp_path / "pipe")
-    writer = subprocess.Popen([sys.executable, "-c", "import sys; open(sys.argv[1], 'wb').write(sys.stdin.buffer.read())",
-                               tmp_path / "pipe"], stdin=subprocess.PIPE)  # fmt: skip
+    copy = "import sys; open(sys.argv[1], 'wb').write(sys.stdin.buffer.read())"
+    writer = subprocess.Popen([sys.executable, "-c", copy, tmp_path / "pipe"], stdin=subprocess.PIPE)
     writer.stdin.write(whole_text)
     writer.stdin.close()
     run(tmp_path / "o5", input=str(tmp_path / "pipe"))
@@ -353,7 +362,7 @@ def test_wrong_commands(tmp_path, capsys, monkeypatch):
     good = ("--input", tmp_path / "good.txt")
     for argv, says in [
         (("--input", tmp_path / "empty.txt"), "no text"), (("--input", tmp_path / "blank.txt"), "no text"),  # D1
-        (("--input", tmp_path / "empty"), "holds no .txt"), (("--input", tmp_path / "letter.txt"), "too short to split"),
+        (("--input", tmp_path / "empty"), "holds no .txt"), (("--input", tmp_path / "letter.txt"), "too short"),
         (("--input", tmp_path / "missing"), f"{tmp_path}/missing"), (("--input", f"{tmp_path}/*.tsv"), "tsv"),
         (("--input", tmp_path / "bad.jsonl"), "bad.jsonl line 2 (byte 19) is not JSON"),
         (("--input", tmp_path / "field.jsonl"), "no field 'text' but ['body', 'id']"),
@@ -405,7 +414,7 @@ def script(body, *argv, **kwargs):
 def test_killed_at_every_file_boundary(tmp_path, boundary):  # D6
     (tmp_path / "a.txt").write_text("\n\n".join(map(story, range(200))), "utf-8")
     out = tmp_path / "out"
-    run(out, input=str(tmp_path / "a.txt"), tokenizer="bpe", vocab_size=300)
+    run(out, input=str(tmp_path / "a.txt"), tokenizer="bpe", vocab_size=400)
     before = (out / "meta.json").read_bytes()
     body = """
 left = int(sys.argv.pop())
@@ -431,25 +440,31 @@ run_main(prepare.main)"""
 
 
 def test_killed_at_random_leaves_nothing_final_and_no_workers(tmp_path):  # D6
-    (tmp_path / "a.txt").write_text("\n\n".join(story(n, 60) for n in range(15000)), "utf-8")
-    marker = f"--output_dir={tmp_path}/out"
-    rng = random.Random(0)
-    for wait in (0.3, rng.uniform(0.6, 2.0), rng.uniform(1.0, 2.5)):
-        p = subprocess.Popen([sys.executable, "prepare.py", f"--input={tmp_path}/a.txt", marker, "--workers=2"], cwd=ROOT,
-                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-        time.sleep(wait)
-        children = Path(f"/proc/{p.pid}/task/{p.pid}/children")
-        children = [int(c) for c in children.read_text().split()] if children.exists() else []
+    (tmp_path / "a.txt").write_text("\n\n".join(story(n, 60) for n in range(8000)), "utf-8")
+    flags = f"--input={tmp_path}/a.txt", f"--output_dir={tmp_path}/out", "--workers=2"
+    argv = [sys.executable, "prepare.py", *flags]
+    for wait in (0.3, random.uniform(0.4, 1.5), "workers"):
+        p = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        listed = Path(f"/proc/{p.pid}/task/{p.pid}/children")
+        begun = tmp_path / "out/.unfinished/train.bin"
+        while wait == "workers" and p.poll() is None and not (begun.exists() and begun.stat().st_size):
+            time.sleep(0.01)
+        time.sleep(0 if wait == "workers" else wait)
+        children = [int(child) for child in listed.read_text().split()] if listed.exists() else []
         p.kill()
         assert p.wait() == -signal.SIGKILL, "it finished before the kill; make the corpus larger"
-        assert not whole(tmp_path / "out") if (tmp_path / "out").exists() else True
-        assert not {"train.bin", "val.bin"} & set(os.listdir(tmp_path / "out") if (tmp_path / "out").exists() else [])
+        assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") in ([".unfinished"], [])
         end = time.time() + 10
-        while any(
-            Path(f"/proc/{c}/stat").exists() and "Z" not in Path(f"/proc/{c}/stat").read_text() for c in children
-        ):
+        while any(map(alive, children)):
             assert time.time() < end, "orphaned workers live on"
             time.sleep(0.05)
+
+
+def alive(pid):
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
 
 
 @pytest.fixture
@@ -510,17 +525,20 @@ def test_one_long_line(tmp_path, unit):  # D5
     """Four times the line takes four times the time and no more memory."""
     (tmp_path / "model").write_bytes(T.train_sentencepiece([HINDI * 50], 300))
     measured = []
-    for megabytes in (2, 8):
+    for megabytes in (2, 6):
         path = tmp_path / f"{megabytes}.txt"
         path.write_text(unit * (megabytes * 10**6 // len(unit.encode())), "utf-8")
         flags = ("--input", path, "--output_dir", tmp_path / "out", "--tokenizer", tmp_path / "model", "--workers", 1)
         body = "import time; start = time.process_time(); prepare.main()\n"
         # not ru_maxrss, which a child inherits from whoever started it
-        body += "print(time.process_time() - start, int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024)"
+        body += "peak = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]\n"
+        body += "print(time.process_time() - start, int(peak) / 1024)"
         out, err = script(body, *flags).communicate(timeout=100)
         measured.append([megabytes, *map(float, out.splitlines()[-1].split())])
-        (train,), (val,) = read(tmp_path / "out", "train")[0], read(tmp_path / "out", "val")[0]
-        assert train + val == T.normalize(path.read_text("utf-8")) and 0.09 < len(val) / len(train + val) < 0.11
+        splits = json.loads((tmp_path / "out/meta.json").read_text("utf-8"))["splits"]
+        total = len(T.normalize(path.read_text("utf-8")).encode())
+        assert splits["train"]["bytes"] + splits["val"]["bytes"] == total
+        assert 0.099 < splits["val"]["bytes"] / total < 0.101 and splits["val"]["documents"] == 1
     (small, t0, m0), (large, t1, m1) = measured
     assert t1 < 1.5 * large / small * t0, measured
     assert m1 - m0 < 16 and m1 < 300, measured
@@ -535,14 +553,16 @@ def test_help_reads_well():
 # romanised Hindi
 
 SPELLINGS = """
-क्या kya | है hai | यार yaar yar | मैं mai main | कल kal | बाज़ार bazaar bazar | गया gaya | था tha | मुझे mujhe | समझ samajh
-नहीं nahi nahin | आ aa a | रहा raha | लड़का ladka larka | पढ़ना padhna parhna | अच्छा achha accha acha | बच्चा baccha bachcha bacha
-ज्ञान gyan gyaan | चाँद chand chaand | हिंदी hindi | फ़िल्म film | ख़बर khabar | ग़लत galat ghalat | क़लम qalam | कृष्ण krishna
-दुःख dukh | समय samay | सरकार sarkar sarkaar | भारत bharat | मित्र mitra | शब्द shabd | आपका aapka apka | बचपन bachpan
-पहला pehla pahla | कहना kehna kahna | ठीक theek thik | दूध doodh dudh | पानी pani paani | दुनिया duniya | क्षमा kshama
+क्या kya | है hai | यार yaar yar | मैं mai main | कल kal | बाज़ार bazaar bazar | गया gaya | था tha | मुझे mujhe
+समझ samajh | नहीं nahi nahin | आ aa a | रहा raha | लड़का ladka larka | पढ़ना padhna parhna
+अच्छा achha accha acha | बच्चा baccha bachcha bacha | ज्ञान gyan gyaan | चाँद chand chaand | हिंदी hindi
+फ़िल्म film | ख़बर khabar | ग़लत galat ghalat | क़लम qalam | कृष्ण krishna | दुःख dukh | समय samay
+सरकार sarkar sarkaar | भारत bharat | मित्र mitra | शब्द shabd | आपका aapka apka | बचपन bachpan | पहला pehla pahla
+कहना kehna kahna | ठीक theek thik | दूध doodh dudh | पानी pani paani | दुनिया duniya | क्षमा kshama
 किताब kitab kitaab | विश्वास vishwas vishwaas | लंबा lamba | संबंध sambandh | ज़िंदगी zindagi | मछली machhli machli
-छोटा chhota chota | तुम्हारा tumhara | हाथ haath hath | परमात्मा parmatma | डॉक्टर doctor daktar | कॉलेज kolej college
-सूर्य surya | धर्म dharm dharma | प्रश्न prashn prashna | अंदर andar | हमें hame hamen hamein | १२३ 123 | है। hai.
+छोटा chhota chota | तुम्हारा tumhara | हाथ haath hath | परमात्मा parmatma | डॉक्टर doctor daktar
+कॉलेज kolej college | सूर्य surya | धर्म dharm dharma | प्रश्न prashn prashna | अंदर andar | हमें hame hamen hamein
+१२३ 123 | समझना samajhna
 """
 
 
@@ -557,13 +577,15 @@ def test_spelling(entry):
 
 def test_sentences():
     assert romanize("मैं कल बाज़ार गया था।") == "mai kal bazaar gaya tha."
-    assert romanize("मुझे समझ नहीं आ रहा, यार!\nक्या है? OK 5") == "mujhe samajh nahi aa raha, yaar!\nkya hai? OK 5"
+    assert romanize("मुझे समझ नहीं आ रहा, यार!\nक्या है? café 5") == "mujhe samajh nahi aa raha, yaar!\nkya hai? café 5"
     assert all(unicodedata.is_normalized("NFC", word) for word in COMMON)  # else they are never found
 
 
+LETTERS = st.characters(min_codepoint=0x900, max_codepoint=0x97F) | st.sampled_from("ab \n\u200d\u200c\u093c\u094d")
+
+
 @settings(deadline=None)
-@given(st.text(st.characters(min_codepoint=0x900, max_codepoint=0x97F) | st.sampled_from("ab \n\u200d\u200c\u093c\u094d"), max_size=40),
-       st.integers())  # fmt: skip
+@given(st.text(LETTERS, max_size=40), st.integers())
 def test_nothing_of_the_script_is_left(text, seed):
     latin = romanize(text, seed)
     assert not re.search("[\u0900-\u097f]", latin) and latin.count("\n") == text.count("\n")

@@ -1,0 +1,335 @@
+"""diffusion.py against worlds that can be enumerated: every expectation is a sum over all strings and all masks."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from toys import (
+    KINDS, MARKOV, MASK_PROBS, MASKS, SOURCES, STRINGS, Toy, V, T, build, by_count, costs, fixed, oracle, seeded,
+    surprise
+)  # fmt: skip
+
+import diffusion
+from config import MaskConfig
+
+STRING = torch.tensor([[0, 1, 2, 0]])  # a string the Markov source can write
+SCHEDULES = list(itertools.product(("linear", "cosine"), ("continuous", "discrete"), ("stratified", "uniform")))
+
+
+def cfg(schedule="linear", mode="continuous", sampling="stratified", **rest):
+    return MaskConfig(mask_schedule=schedule, time_mode=mode, timestep_sampling=sampling, **rest)
+
+
+def within(estimate, expected, error, sigmas=4):
+    assert abs(float(estimate) - float(expected)) < sigmas * float(error), (estimate, expected, error)
+
+
+def words(B, T, seed=0):
+    return torch.rand(B, T, generator=seeded(seed)) < 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the bound
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_bound_is_the_entropy_for_an_exact_denoiser_and_above_it_for_any_other(source):
+    p = SOURCES[source]
+    possible = p > 0
+    entropy = -(p[possible] * p[possible].log()).sum() / T
+    x0 = STRINGS[possible]
+    exact = costs(oracle(p), x0) @ MASK_PROBS  # (strings,) the bound's expectation, by all 15 masks
+    torch.testing.assert_close(exact, -p[possible].log() / T, rtol=0, atol=1e-9)
+    wrong = costs(oracle(p, tilt=0.5), x0) @ MASK_PROBS
+    assert (p[possible] * wrong).sum() > entropy + 0.05
+
+    rows = x0.repeat(400, 1)
+    for denoiser, expected in ((oracle(p), exact), (oracle(p, tilt=0.5), wrong)):
+        nats = diffusion.bound(denoiser, rows, seeded()).view(400, -1).double()  # (draws, strings)
+        z = (nats.mean(0) - expected) / (nats.std(0) / 20 + 1e-6)  # rows share strata: the error is an upper limit
+        assert z.abs().max() < 5 and z.square().mean() < 2
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_bound_of_given_masks_equals_the_enumeration(source):
+    """hidden_nll and row_means on all 15 masks, against dense logits."""
+    denoiser = oracle(SOURCES[source], tilt=0.5)
+    x0, masked = STRINGS.repeat_interleave(15, 0), MASKS.repeat(81, 1)
+    nll, row = diffusion.hidden_nll(denoiser, x0.masked_fill(masked, V), masked, x0, chunk=100)
+    means = diffusion.row_means(nll, row, len(x0)).view(81, 15).double()
+    torch.testing.assert_close(means, costs(denoiser, STRINGS), rtol=1e-5, atol=1e-5)
+
+
+def test_every_row_draws_every_mask_as_often_as_it_should():
+    """k uniform on 1..T in each row alone, and within one k every subset alike."""
+    g, x0 = seeded(), STRINGS[[5, 40, 80, 7, 7]]
+    drawn = torch.zeros(5, 16)
+    for _ in range(4000):
+        x_t, masked = diffusion.corrupt(x0, V, generator=g)
+        assert torch.equal(x_t, torch.where(masked, V, x0))
+        drawn[torch.arange(5), (masked * 2 ** torch.arange(T - 1, -1, -1)).sum(1)] += 1
+    assert drawn[:, 0].sum() == 0
+    for row in drawn:
+        assert surprise(row[1:], MASK_PROBS) < 4
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 100])
+def test_counts_are_exact(T):
+    k = torch.arange(1, T + 1)
+    x0 = torch.zeros(T, T, dtype=torch.long)
+    assert torch.equal(diffusion.corrupt(x0, V, k, seeded())[1].sum(1), k)
+    drawn = diffusion.corrupt(x0, V, generator=seeded())[1].sum(1)  # T rows, T strata: each count once
+    assert torch.equal(drawn.sort().values, k)
+
+
+def test_a_mean_over_the_batch_is_no_bound():
+    mean, _ = by_count(costs(oracle(MARKOV), STRINGS[MARKOV > 0]))  # (strings, T) by k
+    p, k = MARKOV[MARKOV > 0], torch.arange(1.0, T + 1).double()
+    entropy = -(p * p.log()).sum() / T
+    row_mean, batch_mean = p @ mean.mean(1), p @ (mean @ k) / k.sum()
+    within(row_mean, entropy, 1e-9)
+    assert batch_mean > 1.1 * entropy
+    x0 = STRINGS[torch.multinomial(MARKOV, 40000, True, generator=seeded())]
+    for weight, expected in (("elbo", row_mean), ("low_var", batch_mean)):
+        losses = [diffusion.training_loss(oracle(MARKOV), rows, cfg(loss_weight=weight), seeded(1)) for rows in x0.split(1000)]
+        within(torch.stack(losses).mean(), expected, torch.stack(losses).std() / 40**0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# times, rates, weights
+
+
+@pytest.mark.parametrize("schedule, low, high", list(itertools.product(("linear", "cosine"), (0.0, 0.2), (0.7, 1.0))))
+def test_weight_is_the_slope_of_the_rate(schedule, low, high):
+    n, h = 20000, 1e-6
+    t = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    rate, weight = diffusion.rate_and_weight(t, schedule, low, high)
+    up, down = (diffusion.rate_and_weight(t + d, schedule, low, high)[0] for d in (h, -h))
+    torch.testing.assert_close(weight, (up - down) / (2 * h) / (high - low), rtol=0, atol=1e-6)
+    within(weight.mean(), 1, 1e-8)
+    ends = diffusion.rate_and_weight(torch.tensor([0.0, 0.5, 1.0]), schedule, low, high)[0]
+    torch.testing.assert_close(ends, torch.tensor([low, (low + high) / 2, high]))
+    for levels in (1, 7, 1000):  # every level once, from a time within it
+        t = (torch.arange(levels, dtype=torch.float64) + 0.5) / levels
+        rate, weight = diffusion.rate_and_weight(t, schedule, low, high, levels)
+        within(weight.mean(), 1, 1e-9)
+        torch.testing.assert_close(rate, low + (high - low) * (weight.cumsum(0) / levels))  # r is the sum of its steps
+        assert abs(rate[-1] - high) < 1e-9
+
+
+@pytest.mark.parametrize("weight, strategy", list(itertools.product(("elbo", "low_var", "mix"), ("token", "span"))))
+@pytest.mark.parametrize("schedule, mode, sampling", SCHEDULES)
+def test_a_constant_model_costs_its_constant(schedule, mode, sampling, weight, strategy):
+    x0, denoiser, constant = torch.zeros(12, 10).long(), fixed(0.3, 1.0, -2.0), math.log1p(math.exp(0.7) + math.exp(-2.3))
+    for rates in ((0.0, 1.0), (0.2, 0.7)):
+        c = cfg(schedule, mode, sampling, loss_weight=weight, masking_strategy=strategy, timesteps=20,
+                min_mask_rate=rates[0], max_mask_rate=rates[1])  # fmt: skip
+        for n in (1, 4):
+            losses = [
+                diffusion.training_loss(denoiser, x0[: 12 // n], c, seeded(3), (i, n), words(12 // n, 10)) for i in range(n)
+            ]
+            within(torch.stack(losses).mean(), constant, 1e-6)
+
+
+@pytest.mark.parametrize("schedule, mode, sampling", SCHEDULES)
+def test_every_schedule_trains_the_bound(schedule, mode, sampling):
+    """The weight undoes the schedule: the loss is what all masks, k uniform, give."""
+    denoiser, x0 = oracle(MARKOV, tilt=0.5), STRING.expand(4000, T)
+    g, c = seeded(), cfg(schedule, mode, sampling, timesteps=1000)
+    losses = torch.stack([diffusion.training_loss(denoiser, x0, c, g) for _ in range(20)]).double()
+    within(losses.mean(), costs(denoiser, STRING) @ MASK_PROBS, losses.std() / 20**0.5 + 2e-3 * (mode == "discrete"))
+
+
+def hidden_counts(c, rows, T, seed=0, part=(0, 1), starts=None):
+    """How many tokens training_loss hides in each row."""
+    toy = fixed(0.0, 0.0)
+    diffusion.training_loss(toy, torch.zeros(rows, T).long(), c, seeded(seed), part, starts)
+    return (toy.seen[-1] == toy.mask_id).sum(1)
+
+
+@pytest.mark.parametrize("T", [7, 64, 100])
+def test_discrete_levels_hide_exact_counts(T):
+    """levels = T: each count once, though 0.07 · 100 is more than 7 in floating point."""
+    assert hidden_counts(cfg(mode="discrete", timesteps=T), T, T).sort().values.tolist() == list(range(1, T + 1))
+    assert hidden_counts(cfg(mode="discrete", timesteps=1), 5, T).tolist() == [T] * 5
+    narrow = hidden_counts(cfg(min_mask_rate=0.3, max_mask_rate=0.5), 1000, T)
+    assert narrow.min() == math.floor(0.3 * T) + 1 and narrow.max() == math.ceil(0.5 * T)
+
+
+def test_times_are_uniform_in_every_row_and_one_a_slice():
+    n, draws, g = 8, 4000, seeded()
+    t = torch.stack([diffusion.draw_times(n, generator=g) for _ in range(draws)])  # (draws, n)
+    assert t.min() > 0 and t.max() <= 1
+    assert torch.equal((t * n).ceil().sort(1).values, torch.arange(1.0, n + 1).double().expand(draws, n))
+    for row in t.T:
+        assert surprise(torch.histc(row, 5 * n, 0, 1), torch.ones(5 * n)) < 4
+    alone = torch.stack([diffusion.draw_times(n, "uniform", g) for _ in range(draws)])
+    assert surprise(torch.histc(alone, 50, 0, 1), torch.ones(50)) < 4
+
+
+def test_stratification_takes_away_the_variance_between_counts():
+    """16 rows, 4 slices a count: independent times vary by count and by mask, stratified ones by mask alone."""
+    denoiser, x0, draws = oracle(MARKOV, tilt=0.5), STRING.expand(16, T), 3000
+    mean, var = by_count(costs(denoiser, STRING))
+    expected = {"uniform": (var.mean() + mean.var(correction=0)) / 16, "stratified": var.mean() / 16}
+    assert expected["uniform"] > 1.4 * expected["stratified"]
+    for sampling, variance in expected.items():
+        g = seeded()
+        losses = torch.stack([diffusion.training_loss(denoiser, x0, cfg(sampling=sampling), g) for _ in range(draws)])
+        deviations = (losses - losses.mean()).double().square()
+        within(deviations.mean(), variance, deviations.std() / draws**0.5)
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_any_slice_of_a_step_hides_as_much_as_another(parts):
+    rows, T = 32 // parts, 128
+    shares = torch.stack([
+        torch.stack([hidden_counts(cfg(sampling=s), rows, T, seed, (i, parts)).sum() for i in range(parts)])
+        for s in ("stratified", "uniform") for seed in range(40)]).view(2, 40, parts) / (rows * T)  # fmt: skip
+    assert abs(shares[1].std() / (1 / (12 * rows)) ** 0.5 - 1) < 0.25  # independent times: uniform's own deviation
+    assert shares[0].std() < 0.4 / rows  # 1 / rows, where independent times have 0.29 / √rows
+    assert shares[0].mean(1).std() < 1.5 * (1 / 12 / 32**3) ** 0.5  # whole step: one uniform draw in each of 32 slices
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# spans
+
+
+def test_spans_hide_whole_words_until_k():
+    B, T, g = 2000, 24, seeded()
+    starts = words(B, T)
+    k = torch.randint(1, T + 1, (B,), generator=g)
+    masked = diffusion.hide_spans(torch.rand(B, T, generator=g), torch.rand(B, T, generator=g), k, starts, 3.0)
+    starts[:, 0] = True
+    word = starts.cumsum(1)  # (B, T) number of the word
+    for row, hidden, n in zip(word, masked, k, strict=True):
+        sizes, inside = torch.bincount(row), torch.bincount(row, hidden.double())
+        assert ((inside == 0) | (inside == sizes)).all()
+        count, longest = int(hidden.sum()), int(sizes[inside > 0].max())
+        assert n <= count <= n + longest - 1
+
+
+def test_spans_are_as_long_as_asked_and_reach_every_place():
+    """Spans are memoryless, so k tokens begin 1 + (k - 1) / L of them; two neighbours look like one."""
+    B, T, k, g = 300, 4000, 40, seeded()
+    for L in (1.0, 3.0, 6.0):
+        noise, coin = torch.rand(B, T, generator=g), torch.rand(B, T, generator=g)
+        masked = diffusion.hide_spans(noise, coin, torch.full((B,), k), torch.ones(B, T).bool(), L)
+        assert (masked.sum(1) == k).all()
+        runs = (masked & ~F.pad(masked, (1, 0))[:, :-1]).sum(1).double()
+        n = 1 + (k - 1) / L
+        within(runs.mean(), n - n * (n - 1) / (T / L), runs.std() / B**0.5 + 0.05)
+    noise, coin = torch.rand(2000, 16, generator=g), torch.rand(2000, 16, generator=g)
+    for k in (1, 8, 16):
+        masked = diffusion.hide_spans(noise, coin, torch.full((2000,), k), torch.ones(2000, 16).bool(), 3.0)
+        assert masked.any(0).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loss of real models
+
+
+def hidden_by(model, c, x0, part=(0, 1), starts=None):
+    """(loss, gradients, x_t) of one call of the training loss."""
+    seen = []
+    hook = model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    loss = model.loss(x0, c, seeded(5), part=part, starts=starts)
+    hook.remove()
+    return loss, torch.autograd.grad(loss, list(model.parameters())), seen[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("c", [
+    cfg(), cfg("cosine", sampling="uniform"), cfg(loss_weight="low_var"), cfg(mode="discrete", masking_strategy="span")])  # fmt: skip
+def test_parts_of_a_step_make_the_one_big_batch(kind, c):
+    model, starts = build(kind), words(8, 16)
+    x0 = torch.randint(11, (8, 16), generator=seeded())
+    loss, grads, x_t = hidden_by(model, c, x0, starts=starts)
+    for n in (2, 4, 8):
+        pieces = [hidden_by(model, c, x, (i, n), s) for i, (x, s) in enumerate(zip(x0.chunk(n), starts.chunk(n), strict=True))]
+        assert torch.equal(torch.cat([p[2] for p in pieces]), x_t)
+        torch.testing.assert_close(sum(p[0] for p in pieces) / n, loss, rtol=1e-6, atol=0)
+        for i, g in enumerate(grads):
+            torch.testing.assert_close(sum(p[1][i] for p in pieces) / n, g, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_head_is_the_dense_head(kind):
+    """Losses and gradients of elbo and low_var against all logits; low_var is the plain mean over hidden tokens."""
+    model = build(kind)
+    x0 = torch.randint(11, (8, 16), generator=seeded())
+    for weight in ("elbo", "low_var"):
+        loss, grads, x_t = hidden_by(model, cfg(loss_weight=weight), x0)
+        masked = x_t == model.mask_id
+        nll = F.cross_entropy(model(x_t).flatten(0, 1), x0.flatten(), reduction="none").view_as(x0)
+        dense = nll[masked].mean() if weight == "low_var" else ((nll * masked).sum(1) / masked.sum(1)).mean()
+        torch.testing.assert_close(loss, dense, rtol=1e-6, atol=0)
+        for a, b in zip(grads, torch.autograd.grad(dense, list(model.parameters())), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        where = masked.flatten().nonzero().squeeze(1)
+        nats = [diffusion.hidden_nll(model, x_t, masked, x0, chunk)[0] for chunk in (1, 7, 4096)]
+        for n in nats:
+            torch.testing.assert_close(n, nll.flatten()[where], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_hidden_token_and_all_hidden_are_finite(kind):  # R4
+    model = build(kind)
+    x0 = torch.randint(11, (3, 16), generator=seeded())
+    for masked in (torch.zeros(3, 16).bool(), torch.ones(3, 16).bool(), torch.eye(3, 16).bool() & (x0 >= 0).cumsum(0).eq(1)):
+        nll, row = diffusion.hidden_nll(model, x0.masked_fill(masked, 11), masked, x0)
+        means = diffusion.row_means(nll, row, 3)
+        assert len(nll) == masked.sum() and torch.isfinite(means).all()
+        assert torch.equal(means > 0, masked.any(1))  # a row that hides nothing costs nothing
+        for g in torch.autograd.grad(means.sum(), list(model.parameters())):
+            assert torch.isfinite(g).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# many windows
+
+
+def test_bound_windows_scores_every_window_by_itself():
+    """Each window is one token repeated, so that its bound is exactly that token's cost, whatever is hidden."""
+    denoiser = fixed(0.5, 0.0, -0.5, 1.0)
+    cost = -torch.tensor([0.5, 0.0, -0.5, 1.0]).log_softmax(0)
+    sizes = (10, 10, 10, 3, 10, 7)
+    windows = [torch.full((n,), i % 4) for i, n in enumerate(sizes)]
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    nats, share = diffusion.bound_windows(denoiser, windows, 5, batch_size=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(nats, cost[torch.arange(6) % 4][:, None].expand(6, 5))
+    k = share * torch.tensor(sizes)[:, None]
+    torch.testing.assert_close(k, k.round())
+    for j in range(5):  # one mask in each fifth of 1..T
+        assert (k[:, j].round() >= torch.tensor([n * j // 5 for n in sizes])).all()
+        assert (k[:, j].round() <= torch.tensor([-(-n * (j + 1) // 5) for n in sizes])).all()
+    shown = torch.cat([(x == denoiser.mask_id).sum(1) for x in denoiser.seen])
+    assert sorted(shown.tolist()) == sorted(k.round().long().flatten().tolist())
+    again = diffusion.bound_windows(denoiser, windows, 5, batch_size=2)
+    assert torch.equal(again[0], nats) and torch.equal(again[1], share)
+    assert not torch.equal(diffusion.bound_windows(denoiser, windows, 5, seed=1, batch_size=2)[1], share)
+
+
+@pytest.mark.parametrize("masks", [1, 3, 16])
+def test_bound_windows_is_unbiased(masks):
+    denoiser = oracle(MARKOV, tilt=0.5)
+    expected = float(costs(denoiser, STRING) @ MASK_PROBS)
+    nats, share = diffusion.bound_windows(denoiser, [STRING[0]] * (6000 // masks), masks, batch_size=1000)
+    within(nats.mean(), expected, nats.mean(1).std() / len(nats) ** 0.5)
+    assert surprise(torch.bincount((share * T).round().long().flatten(), minlength=T + 1)[1:], torch.ones(T)) < 4
+
+
+def test_the_loss_is_a_pure_function_of_its_generator():
+    toy = Toy(lambda x_t: torch.zeros(*x_t.shape, V))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for c in (cfg(), cfg(sampling="uniform", masking_strategy="span")):
+        for _ in range(2):
+            diffusion.training_loss(toy, STRINGS, c, seeded(7))
+        assert torch.equal(toy.seen[-1], toy.seen[-2])
+    diffusion.bound(toy, STRINGS, seeded(7))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,264 @@
+"""Every model of checkpoint.MODELS through the same tests; then the optimizers that move them."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from toys import KINDS, build, seeded
+
+import checkpoint
+from config import MaskConfig
+from model import rotary_table, rotate
+from optimizer import EMA, Muon, make_optimizers, orthogonalize
+
+V, T = 11, 16  # sizes of toys.build
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def canvas(B=3, seed=0):
+    """(B, T) ids with about a third of them MASK, the first one always."""
+    g = seeded(seed)
+    x = torch.randint(V, (B, T), generator=g).masked_fill(torch.rand(B, T, generator=g) < 0.3, V)
+    x[:, 0] = V
+    return x
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what goes in and what comes out
+
+
+@each_kind
+def test_logits_have_no_column_for_mask_and_a_tied_head(kind):
+    model, x = build(kind), canvas()
+    logits = model(x)
+    assert model.mask_id == V and logits.shape == (3, T, V) and logits.dtype == torch.float32
+    where = torch.tensor([0, 5, 3 * T - 1])
+    close(model(x, where), logits.flatten(0, 1)[where])
+    hidden = model.norm(model.trunk(x))
+    close(hidden @ model.embed.weight[:V].T, logits)
+    assert sum(p is model.embed.weight for p in model.parameters()) == 1
+    with torch.no_grad():
+        model.embed.weight[V] += 1.0
+    close(model(x.clamp(max=V - 1)), build(kind)(x.clamp(max=V - 1)), 0)  # MASK's row is read by MASK alone
+    assert not torch.allclose(model(x), logits)
+
+
+@each_kind
+def test_every_parameter_gets_a_gradient(kind):
+    model = build(kind)
+    model.loss(canvas().clamp(max=V - 1), MaskConfig(), seeded()).backward()
+    for name, p in model.named_parameters():
+        assert torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0, name
+    assert (model.embed.weight.grad.abs().sum(1) > 0).all()  # MASK's row too
+
+
+@each_kind
+def test_every_visible_token_reaches_every_place(kind):
+    model, seen = build(kind), []
+    model.embed.register_forward_hook(lambda m, args, out: seen.append(out))
+    logits = model(canvas(1))
+    for i in range(T):
+        (g,) = torch.autograd.grad(logits[0, i].square().sum(), seen[0], retain_graph=True)
+        assert (g[0].abs().sum(1) > 1e-7).all(), f"place {i} sees only {g[0].abs().sum(1).nonzero().flatten().tolist()}"
+
+
+@each_kind
+def test_order_counts(kind):
+    model, x = build(kind), canvas(1)
+    x[0, 3:5] = torch.tensor([1, 2])
+    swapped = x.clone()
+    swapped[0, 3:5] = torch.tensor([2, 1])
+    assert (model(x)[0, 0] - model(swapped)[0, 0]).abs().max() > 1e-3
+
+
+def test_rotary_scores_know_distances_only():
+    cos, sin = rotary_table(40, 8)
+    q, k = torch.randn(2, 1, 1, 1, 8, generator=seeded()).expand(2, 1, 1, 40, 8)
+    scores = (rotate(q, cos, sin) @ rotate(k, cos, sin).mT)[0, 0]  # (40, 40)
+    for distance in (-20, 0, 1, 7):
+        diagonal = scores.diagonal(distance)
+        close(diagonal, diagonal[:1].expand_as(diagonal))
+    a, b = (torch.complex(v[0, 0, 0, :4], v[0, 0, 0, 4:]) for v in (q, k))
+    close(scores[0, 7], (a.conj() * b * torch.complex(cos[7], sin[7])).real.sum())
+    close(cos**2 + sin**2, torch.ones(40, 4))
+    assert torch.cdist(cos, cos).add(torch.eye(40)).min() > 1e-2  # no two places look the same
+
+
+@each_kind
+def test_neighbours_in_the_batch_and_padding_change_nothing(kind):
+    model, x = build(kind).eval(), canvas(4)
+    together = model(x)
+    for i in range(4):
+        close(model(x[i : i + 1])[0], together[i])
+    lengths = torch.tensor([T, 1, 9, 15])
+    alone = [model(x[i : i + 1, :n])[0] for i, n in enumerate(lengths)]
+    behind = torch.arange(T) >= lengths[:, None]
+    for junk in (0, V - 1, V):
+        padded = x.masked_fill(behind, junk)
+        for i, n in enumerate(lengths):
+            close(model(padded, lengths=lengths)[i, :n], alone[i])
+    where = (~behind).flatten().nonzero().squeeze(1)
+    close(model(x, where, lengths), torch.cat(alone))
+
+
+@each_kind
+def test_what_is_refused(kind):
+    model = build(kind)
+    with pytest.raises(ValueError, match="17.*16"):
+        model(torch.zeros(1, T + 1).long())
+    for sizes in (dict(vocab_size=0), dict(max_seq_len=0), dict(n_heads=3), dict(d_model=6, n_heads=2), dict(dropout=1.0)):
+        with pytest.raises(ValueError):
+            build(kind, **sizes)
+
+
+@each_kind
+def test_dropout_in_training_alone(kind):
+    model, x = build(kind, dropout=0.5), canvas()
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    close(model(x), model(x), 0)
+    close(model(x), build(kind)(x), 0)
+
+
+@each_kind
+def test_activation_checkpointing_changes_nothing(kind):
+    model, x0, results, calls = build(kind, dropout=0.2), canvas().clamp(max=V - 1), [], []
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            m.register_forward_pre_hook(lambda *_: calls.append(model.activation_checkpointing))
+    for model.activation_checkpointing in (False, True):
+        torch.manual_seed(0)
+        loss = model.loss(x0, MaskConfig(), seeded())
+        results.append((loss, *torch.autograd.grad(loss, list(model.parameters()))))
+    for a, b in zip(*results, strict=True):
+        close(a, b, 1e-6)
+    assert calls.count(True) > 1.5 * calls.count(False)  # computed twice: it was really on
+
+
+@each_kind
+@pytest.mark.parametrize("T, hidden", [(16, 5), (12, 12), (16, 0)])
+def test_flops_are_those_that_run(kind, T, hidden):
+    model = build(kind, d_model=24, n_heads=3)
+    math_sdpa = sdpa_kernel(SDPBackend.MATH)  # two plain products: the fused kernel of a CPU is not counted
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), math_sdpa:
+        model(torch.zeros(1, T).long(), torch.arange(hidden))
+    assert counter.get_total_flops() == model.flops(T, hidden)
+
+
+@each_kind
+def test_initial_loss_is_that_of_a_uniform_guess(kind):
+    config, model = checkpoint.MODELS[kind]
+    torch.manual_seed(0)
+    model = model(config(vocab_size=500, max_seq_len=64, d_model=64, n_layers=3, n_heads=2, d_ff=96))
+    x0 = torch.randint(500, (16, 64), generator=seeded())
+    assert abs(model.loss(x0, MaskConfig(), seeded()).item() - math.log(500)) < 0.1
+
+
+@each_kind
+def test_compile_is_reached_in_one_graph(kind):
+    model, plain, graphs, ran = build(kind), build(kind), [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lambda *args: (ran.append(1), graph(*args))[1]
+
+    torch._dynamo.reset()
+    counters.clear()
+    names = list(model.state_dict())
+    model.compile(backend=backend)
+    assert list(model.state_dict()) == names and not any("_orig_mod" in n for n in names)
+    for seed in range(4):  # the number of hidden tokens differs: a second graph may replace it by a symbol
+        x0 = canvas(4, seed).clamp(max=V - 1)
+        losses = [m.loss(x0, MaskConfig(), seeded(seed)) for m in (model, plain)]
+        close(*losses)
+    assert not counters["graph_break"] and len(graphs) <= 2 and len(ran) == 4
+    close(model(canvas()), plain(canvas()))  # and without `where`
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# optimizers
+
+
+def test_orthogonalize():
+    for shape in ((5, 16, 16), (5, 16, 40), (1, 3, 200)):
+        G = torch.randn(shape, generator=seeded())
+        U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+        O = orthogonalize(G)  # noqa: E741
+        values = torch.linalg.svdvals(O)
+        large = S > 0.05 * S[:, :1]  # five steps do not lift the smallest all the way
+        assert values[large].min() > 0.6 and values.max() < 1.3
+        along = torch.einsum("bri,brc,bic->bi", U, O, Vh)  # the same singular vectors
+        close(along.sort(1).values, values.sort(1).values, 1e-3)
+        close(orthogonalize(1000 * G), O, 1e-3)
+    assert torch.equal(orthogonalize(torch.zeros(1, 4, 6)), torch.zeros(1, 4, 6))
+
+
+@each_kind
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_every_parameter_has_one_optimizer_and_only_matrices_decay(kind, name):
+    model = build(kind)
+    groups = [g for o in make_optimizers(model, name, 1e-3, 0.1, 0.95) for g in o.param_groups]
+    owned = [id(p) for g in groups for p in g["params"]]
+    assert sorted(owned) == sorted(id(p) for p in model.parameters())
+    decays = {id(p) for g in groups for p in g["params"] if g["weight_decay"] > 0}
+    for n, p in model.named_parameters():
+        assert (id(p) in decays) == (p.dim() == 2 and "embed" not in n and "norm" not in n), n
+
+
+@pytest.mark.parametrize("shape, pieces", [((64, 64), 1), ((192, 64), 3), ((64, 256), 1), ((256, 64), 2)])
+def test_first_muon_step_has_adamw_s_size(shape, pieces):
+    p = nn.Parameter(torch.randn(shape, generator=seeded()))
+    p.pieces, before = pieces, p.detach().clone()
+    p.grad = torch.randn(shape, generator=seeded(1))
+    Muon([p], lr=0.01, weight_decay=0.0).step()
+    assert abs((p - before).square().mean().sqrt() / (0.2 * 0.01) - 1) < 0.2
+    assert ((p - before) * p.grad).sum() < 0  # downhill
+
+
+def test_muon_steps_pieces_and_shapes_as_if_alone():
+    """One optimizer over several shapes and a stacked weight, against one a piece; decay and Nesterov by hand."""
+    g, lr, decay, m = seeded(), 0.1, 0.5, 0.95
+    whole = [nn.Parameter(torch.randn(s, generator=g)) for s in ((12, 4), (4, 4), (4, 9))]
+    whole[0].pieces = 3
+    alone = [w.detach().clone() for p in whole for w in p.chunk(getattr(p, "pieces", 1))]
+    buffers = [torch.zeros_like(w) for w in alone]
+    optimizer = Muon(whole, lr, decay)
+    for _ in range(3):
+        for p in whole:
+            p.grad = torch.randn(p.shape, generator=g)
+        grads = [x for p in whole for x in p.grad.chunk(getattr(p, "pieces", 1))]
+        for w, grad, buffer in zip(alone, grads, buffers, strict=True):
+            buffer.mul_(m).add_(grad, alpha=1 - m)
+            u = grad * (1 - m) + buffer * m
+            u = orthogonalize(u[None])[0] if u.shape[0] <= u.shape[1] else orthogonalize(u.T[None])[0].T
+            w.mul_(1 - lr * decay).sub_(u, alpha=lr * 0.2 * max(w.shape) ** 0.5)
+        optimizer.step()
+    close(torch.cat([p.detach().flatten() for p in whole]), torch.cat([w.flatten() for w in alone]))
+
+
+def test_average_is_the_loop_by_hand_and_gives_the_weights_back():
+    model = build(KINDS[0])
+    ema, by_hand = EMA(model, 0.9), {k: v.double() for k, v in model.state_dict().items()}
+    for step in range(1, 200):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=seeded(step)))
+        ema.update(model, step)
+        d = min(0.9, (1 + step) / (10 + step))
+        by_hand = {k: d * by_hand[k] + (1 - d) * v.double() for k, v in model.state_dict().items()}
+    for k, v in by_hand.items():
+        assert ema.shadow[k].dtype == torch.float32
+        close(ema.shadow[k].double(), v)
+    now = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), ema.applied(model):
+        assert all(torch.equal(v, ema.shadow[k]) for k, v in model.state_dict().items())
+        raise KeyboardInterrupt
+    assert all(torch.equal(v, now[k]) for k, v in model.state_dict().items())

@@ -1,0 +1,240 @@
+"""sampling.py with exact denoisers: what is drawn is counted against what enumeration says, by chi-square."""
+
+import math
+
+import pytest
+import torch
+from toys import (
+    KINDS, MARKOV, SOURCES, STEP, STRINGS, UNIGRAM, T, Toy, V, build, code, fixed, oracle, seeded, surprise
+)  # fmt: skip
+
+from sampling import STRATEGIES, denoise, draw, filter_probs
+
+each_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+SKEW = torch.randn(6, 5, V, generator=seeded(3))  # logits of six states at five places
+
+
+def skewed():
+    """A denoiser that depends on how much is open, of any length."""
+    return Toy(lambda x_t: SKEW[(x_t == V).sum(1) % 6][:, torch.arange(x_t.shape[1]) % 5])
+
+
+def last(denoiser, x, **settings):
+    for step in denoise(denoiser, x, **settings):
+        pass
+    return step
+
+
+def holes(*rows):
+    return torch.tensor([[V if c == "_" else int(c) for c in row] for row in rows])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one token
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_tokens_follow_the_softmax(temperature):
+    logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -300.0, -math.inf])
+    p = (logits.double() / temperature).exp()
+    probs = filter_probs(logits.expand(40000, -1), temperature)
+    torch.testing.assert_close(probs[0].double(), p / p.sum(), rtol=1e-5, atol=1e-7)
+    counts = torch.bincount(draw(probs, seeded()), minlength=6)
+    assert counts[4:].sum() == 0 and surprise(counts[:4], p[:4]) < 4
+
+
+def test_draw_inverts_the_distribution_function():
+    """Given u, the token is the first whose cumulative probability exceeds it; never one of probability zero."""
+    probs = torch.rand(2000, 7, generator=seeded(1)) * (torch.rand(2000, 7, generator=seeded(2)) < 0.5)
+    probs[:, 3] += 0.1
+    u = torch.rand(2000, 1, generator=seeded(), dtype=torch.float64)
+    expected = [next(i for i in range(7) if sum(row[: i + 1]) > x * sum(row)) for row, (x,) in zip(probs.double().tolist(), u.tolist(), strict=True)]  # fmt: skip
+    drawn = draw(probs, seeded())
+    assert drawn.tolist() == expected and (probs.gather(1, drawn[:, None]) > 0).all()
+    certain = torch.tensor([[0.0, 0.0, 1.0, 0.0]]).expand(100, 4)
+    assert (draw(certain) == 2).all()
+
+
+def test_top_k_and_top_p_keep_the_fewest():
+    logits = 2 * torch.randn(300, 9, generator=seeded())
+    p = logits.softmax(1)
+    for k in (0, 1, 4, 9, 50):
+        kept = filter_probs(logits, top_k=k) > 0
+        assert (kept.sum(1) == (min(k, 9) or 9)).all()
+        assert (p.masked_fill(~kept, 2).amin(1) >= p.masked_fill(kept, -1).amax(1)).all()
+    for top_p in (1e-9, 0.1, 0.5, 0.9, 0.999):
+        q = filter_probs(logits, top_p=top_p)
+        mass, least = (p * (q > 0)).sum(1), p.masked_fill(q == 0, 2).amin(1)
+        assert (mass >= top_p - 1e-6).all() and (mass - least < top_p).all()  # the crossing token stays, no other
+        assert (least >= p.masked_fill(q > 0, -1).amax(1)).all()
+        torch.testing.assert_close(q * mass[:, None], p * (q > 0))  # what is kept keeps its proportions
+    torch.testing.assert_close(filter_probs(logits, top_p=1.0), p)
+    exact = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    assert (filter_probs(exact, top_p=0.5) > 0).tolist() == [[True, False, False, False]]
+    assert (filter_probs(exact, top_p=0.51) > 0).tolist() == [[True, True, False, False]]
+    both = filter_probs(exact, 0.5, top_k=3, top_p=0.9)  # 16 : 4 : 1, of which 16 and 4 hold 0.95
+    torch.testing.assert_close(both, torch.tensor([[0.8, 0.2, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-46, 1e-39, 1e-10])
+def test_temperature_towards_zero_is_argmax(temperature):
+    logits = torch.randn(50, 9, generator=seeded())
+    logits[:, 4] = -math.inf  # forbidden
+    for settings in ({}, dict(top_k=3), dict(top_p=0.5)):
+        probs = filter_probs(logits, temperature, **settings)
+        torch.testing.assert_close(probs, torch.eye(9)[logits.argmax(1)])
+    torch.testing.assert_close(filter_probs(logits, 1e39)[0], (torch.arange(9) != 4) / 8)  # and towards infinity, flat
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whole strings
+
+
+@each_strategy
+@pytest.mark.parametrize("source", SOURCES)
+def test_one_token_a_forward_draws_from_the_joint(strategy, source):
+    """Any order that does not look at the token it is about to draw is exact: each conditional is the posterior's."""
+    p, n = SOURCES[source], 20000
+    denoiser = oracle(p)
+    step = last(denoiser, torch.full((n, T), V), strategy=strategy, steps=T, threshold=1.0, generator=seeded())
+    assert step.forwards == len(denoiser.seen) == T
+    assert surprise(torch.bincount(code(step.x), minlength=81), p) < 4
+
+
+def test_all_at_once_draws_from_the_product_of_the_marginals():
+    step = last(oracle(MARKOV), torch.full((20000, T), V), strategy="random", steps=1, generator=seeded())
+    marginals = torch.stack([UNIGRAM @ torch.linalg.matrix_power(STEP, i) for i in range(T)])  # (T, V)
+    assert surprise(torch.bincount(code(step.x), minlength=81), marginals[torch.arange(T), STRINGS].prod(1)) < 4
+
+
+def test_two_a_step_in_random_order_is_the_mixture_over_pairs():
+    n, expected, denoiser = 20000, torch.zeros(81).double(), oracle(MARKOV)
+    for pair in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
+        first = torch.zeros(T).bool().index_fill(0, torch.tensor(pair), True)
+        likely = torch.ones(81).double()
+        for mask, places in ((torch.ones(T).bool(), first), (~first, ~first)):
+            probs = denoiser(STRINGS.masked_fill(mask, V)).softmax(2).gather(2, STRINGS[:, :, None]).squeeze(2)
+            likely *= probs[:, places].prod(1)
+        expected += likely / 6
+    step = last(denoiser, torch.full((n, T), V), strategy="random", steps=2, generator=seeded())
+    assert surprise(torch.bincount(code(step.x), minlength=81), expected) < 4
+
+
+@each_strategy
+def test_infilling_draws_from_the_posterior(strategy):
+    x, fits = holes("_1__").expand(10000, T), (STRINGS[:, 1] == 1).double()
+    step = last(oracle(MARKOV), x, strategy=strategy, steps=9, threshold=1.0, generator=seeded())
+    assert step.forwards == 3 and surprise(torch.bincount(code(step.x), minlength=81), MARKOV * fits) < 4
+    possible = last(oracle(MARKOV), x, strategy=strategy, steps=9, temperature=3.0, threshold=1.0, generator=seeded()).x
+    assert (MARKOV[code(possible)] > 0).all() and (possible[:, 1] == 1).all()
+
+
+@pytest.mark.parametrize("strategy, expected", [
+    ("left_to_right", [0, 1, 2, 3]), ("confidence", [2, 0, 3, 1]), ("margin", [2, 3, 0, 1]), ("entropy", [2, 0, 3, 1])])  # fmt: skip
+def test_order_of_each_strategy(strategy, expected):
+    p = torch.tensor([[0.60, 0.39, 0.01], [0.35, 0.33, 0.32], [0.9, 0.05, 0.05], [0.5, 0.25, 0.25]])
+    toy = Toy(lambda x_t: p.log().expand(len(x_t), T, V))
+    order = [s.revealed[0].nonzero().item() for s in denoise(toy, holes("____"), strategy, 4, generator=seeded())]
+    assert order == expected
+
+
+def test_random_order_is_uniform():
+    steps = list(denoise(fixed(0.0, 0.0, 0.0), torch.full((6000, T), V), "random", 4, generator=seeded()))
+    places = torch.stack([s.revealed.int().argmax(1) for s in steps], 1)  # (rows, T)
+    counts = torch.bincount((places * 4 ** torch.arange(3, -1, -1)).sum(1), minlength=256)
+    assert (counts > 0).sum() == 24 and surprise(counts[counts > 0], torch.ones(24)) < 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the loop
+
+
+@each_strategy
+@pytest.mark.parametrize("steps", [1, 3, 5, 16, 100])
+def test_every_step_does_its_share(strategy, steps):
+    """Given tokens stay, MASK goes, each step reveals something, and rows of unequal holes end together or early."""
+    x = holes("________________", "0_____1____2____", "0120120120120120", "_0_________1____", "01201201201_0120")
+    before, denoiser = x.clone(), skewed()
+    shown, wanted = x, (x == V).sum(1)
+    forwards = min(steps, 16)
+    for i, s in enumerate(denoise(denoiser, x, strategy, steps, threshold=1.0, generator=seeded())):
+        assert torch.equal(x, before) and torch.equal(s.x[~s.revealed], shown[~s.revealed])
+        assert (shown[s.revealed] == V).all() and (s.x[s.revealed] < V).all() and s.revealed.any()
+        done = (wanted * (i + 1) // forwards).maximum(wanted.clamp(max=i + 1))  # the share, and at least one a step
+        assert torch.equal((s.x == V).sum(1), wanted - done)
+        assert s.forwards == i + 1 == len(denoiser.seen) and torch.equal(denoiser.seen[-1], shown)
+        probs = denoiser.f(shown).softmax(2)
+        sure = torch.where(s.revealed, probs.gather(2, s.x.clamp(max=V - 1)[:, :, None]).squeeze(2), probs.amax(2))
+        torch.testing.assert_close(s.confidence, sure.masked_fill(shown != V, 1.0))
+        shown = s.x
+    assert s.forwards == forwards and (s.x < V).all()
+
+
+def test_threshold_decides_all_that_is_sure_and_finishes_early():
+    easy = fixed(9.0, 0.0, 0.0)
+    assert last(easy, torch.full((2, 12), V), strategy="threshold", steps=12).forwards == 1
+    hard = last(fixed(0.0, 0.0, 0.0), torch.full((2, 12), V), strategy="threshold", steps=12, generator=seeded())
+    assert hard.forwards == 12  # at least one a step
+    p = torch.tensor([0.95, 0.5, 0.91, 0.6, 0.89, 0.97])
+    toy = Toy(lambda x_t: torch.stack([p, (1 - p) / 2, (1 - p) / 2], 1).log().expand(len(x_t), 6, 3))
+    steps = list(denoise(toy, holes("______"), "threshold", 6, threshold=0.9, generator=seeded()))
+    assert [s.revealed[0].nonzero().flatten().tolist() for s in steps] == [[0, 2, 5], [4], [3], [1]]
+
+
+def test_nothing_to_fill():
+    denoiser, x = skewed(), holes("0120", "2222")
+    (step,) = denoise(denoiser, x, generator=seeded())
+    assert step.forwards == len(denoiser.seen) == 0 and torch.equal(step.x, x) and not step.revealed.any()
+
+
+@pytest.mark.parametrize("settings", [
+    dict(steps=0), dict(steps=-3), dict(temperature=math.nan), dict(temperature=-0.1), dict(temperature=math.inf),
+    dict(top_p=0.0), dict(top_p=1.1), dict(top_p=math.nan), dict(top_k=-1), dict(strategy="nonsense")])  # fmt: skip
+def test_wrong_settings(settings):  # S3, S4
+    with pytest.raises(ValueError, match=str(next(iter(settings.values())))):
+        last(skewed(), holes("____"), **settings)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite(bad):  # S5
+    toy = Toy(lambda x_t: torch.zeros(*x_t.shape, V).masked_fill((x_t == 1)[:, :, None], bad))
+    poisoned = Toy(lambda x_t: torch.zeros(*x_t.shape, V).index_fill(2, torch.tensor(1), bad))
+    assert last(toy, holes("1___"), steps=1, temperature=0).x[0, 0] == 1  # only open places are looked at
+    with pytest.raises(FloatingPointError, match="step 1"):
+        last(poisoned, holes("1___"))
+
+
+@each_strategy
+def test_seeds(strategy):  # S6
+    torch.manual_seed(0)
+    before, x = torch.get_rng_state(), torch.full((8, 12), V)
+    texts = [last(skewed(), x, strategy=strategy, steps=5, generator=seeded(s)).x for s in (1, 1, 2)]
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+    assert torch.equal(torch.get_rng_state(), before)
+    sure = [last(skewed(), x, strategy=strategy, steps=12, temperature=0, generator=seeded(s)).x for s in (1, 2)]
+    if strategy != "random":  # whose order is drawn
+        assert torch.equal(*sure)
+    once = last(skewed(), x, strategy=strategy, steps=1, temperature=0, generator=seeded()).x
+    assert torch.equal(once, skewed()(x).argmax(2))
+
+
+def test_forbidden_ids_never_come():
+    x = torch.full((2000, 4), V)
+    step = last(fixed(0.5, 3.0, 1.0), x, forbid=(1,), steps=2, generator=seeded())
+    counts = torch.bincount(step.x.flatten(), minlength=3)
+    assert surprise(counts, torch.tensor([math.exp(0.5), 0.0, math.e])) < 4
+    assert (last(fixed(0.5, 3.0, 1.0), x, forbid=(1,), temperature=0).x == 2).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_batch_do_not_see_each_other(kind):
+    """Greedy rows of three lengths in one batch, against each row alone; MASK behind a row's end is filled unseen."""
+    model, lengths = build(kind, noise=0.5).eval(), torch.tensor([16, 9, 12])
+    x = torch.randint(11, (3, 16), generator=seeded())
+    x[torch.rand(3, 16, generator=seeded(1)) < 0.6] = 11
+    x[torch.arange(16) >= lengths[:, None]] = 0
+    for strategy in ("confidence", "left_to_right"):
+        together = last(model, x, strategy=strategy, steps=16, temperature=0, lengths=lengths).x
+        for i, n in enumerate(lengths):
+            assert torch.equal(last(model, x[i : i + 1, :n], strategy=strategy, steps=16, temperature=0).x[0], together[i, :n])
+        assert together.max() < 11 and torch.equal(together[x != 11], x[x != 11])
