@@ -112,9 +112,10 @@ def read(path):
     path, side = Path(path), Path(f"{path}.sha256")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
+    before = sums(side) if side.is_file() else []  # a trainer may save while the file is read
     if not side.is_file():
         print(f"warning: {side.name} is missing, {path} is read unchecked", file=sys.stderr)
-    elif sha256(path) not in [line.split()[0] for line in sums(side) if line.strip()]:
+    elif sha256(path) not in [line.split()[0] for line in before + sums(side) if line.strip()]:
         raise RuntimeError(f"{path} is damaged: its sha256 is not the one in {side.name}; use another checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -180,7 +180,7 @@ class TrainConfig:
             "sample_steps",
         ):
             check(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}, needs to be 1 or more")
-        for name in ("threads", "eval_interval", "eval_windows", "sample_interval", "keep"):
+        for name in ("seed", "threads", "eval_interval", "eval_windows", "sample_interval", "keep"):
             check(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, needs to be 0 or more")
         check(0 < self.lr < math.inf, f"--lr is {self.lr}, needs to be positive")
         for name in ("weight_decay", "grad_clip"):
@@ -246,6 +246,21 @@ class EvaluateConfig:
         check(self.masks >= 1, f"--masks is {self.masks}, needs to be 1 or more")
         check(self.batch_size >= 1, f"--batch_size is {self.batch_size}, needs to be 1 or more")
         check(self.max_windows >= 0, f"--max_windows is {self.max_windows}, needs to be 0 or more")
+
+
+@dataclass
+class BenchmarkConfig:
+    output: str = knob("", "where the figures go; empty is checkpoints/benchmark_NAME.json")
+    repeats: int = knob(5, "train: how often the two loops take turns; medians are reported")
+    vocab_size: int = knob(8192, "train: real tokens of the random text; prepare: as prepare.py's flag")
+    input: str = knob("", "prepare: text whose lines are repeated as documents; empty takes the novel Devdas")
+    megabytes: float = knob(40.0, "prepare: size of the smaller corpus; from 40 on the tokenizer's sample is full")
+    growth: int = knob(10, "prepare: how many times larger the other corpus is")
+
+    def __post_init__(self):
+        for name in ("repeats", "megabytes", "growth"):
+            check(getattr(self, name) > 0, f"--{name} is {getattr(self, name)}, needs to be positive")
+        check(self.vocab_size >= 260, f"--vocab_size is {self.vocab_size}, the bytes and special tokens need 260")
 
 
 PROMPTS = ("मुझे एक अच्छी कहानी सुनाओ", "भारत में आज मौसम", "mai kal bazaar gaya tha aur", "yaar mujhe samajh nahi aa raha")

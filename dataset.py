@@ -40,7 +40,7 @@ def load(data_dir):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         dtype, V = DTYPES[meta["dtype"]], int(meta["vocab_size"])
         expected = {
-            split: (meta["splits"][split]["tokens"], meta["splits"][split]["sha256"]) for split in ("train", "val")
+            split: (int(meta["splits"][split]["tokens"]), meta["splits"][split]["sha256"]) for split in ("train", "val")
         }
         digest = hashlib.sha256(
             "".join([expected["train"][1], expected["val"][1], meta["tokenizer"]["sha256"]]).encode()

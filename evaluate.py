@@ -7,7 +7,6 @@ Every token of the split is scored, the end of each document too; bytes and char
 
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -96,11 +95,15 @@ def main():
         f"{cfg.data_dir or loaded.config['data_dir']} was made with another tokenizer "
         f"({data.meta['tokenizer']['sha256'][:12]}) than {loaded.path} ({tokenizer.sha256[:12]})",
     )
+    output = Path(cfg.output) if cfg.output else loaded.path.parent / "eval.json"
+    check(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}")
     ids = getattr(data, cfg.split)
     windows = dataset.windows(ids, loaded.denoiser.config.max_seq_len, cfg.max_windows)
     start = time.perf_counter()
     result = evaluate(loaded.denoiser, tokenizer, windows, cfg.masks, cfg.seed, cfg.batch_size)
     seconds = time.perf_counter() - start
+    if not math.isfinite(result["bits_per_byte"]["mean"]):
+        raise FloatingPointError(f"the bound of {loaded.path} is not finite: its weights are broken")
 
     baselines = counting(data.train, windows, tokenizer)
     result = {
@@ -130,11 +133,8 @@ def main():
                 f"  {b['from']:.0%} – {b['to']:.0%}".ljust(16)
                 + f"{b['nats_per_token']:.3f} ± {b['standard_error'] or 0:.3f}"
             )
-    output = Path(cfg.output) if cfg.output else loaded.path.parent / "eval.json"
     checkpoint.replace(output, lambda t: t.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
     print(f"wrote {output}")
-    if not math.isfinite(result["bits_per_byte"]["mean"]):
-        print("warning: the bound is not finite", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ def filter_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     """
     if temperature == 0:
         return torch.zeros_like(logits).scatter(1, logits.argmax(1, keepdim=True), 1.0)
-    logits = logits / temperature
+    # the largest logit at 0, and a temperature within fp32's range: no inf - inf, no inf / inf
+    logits = (logits - logits.amax(1, keepdim=True)) / min(max(temperature, 1e-30), 1e30)
     if 0 < top_k < logits.shape[1]:
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=1).values[:, -1:], -math.inf)
     probs = logits.softmax(1)

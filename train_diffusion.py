@@ -73,20 +73,30 @@ def average_gradients(model, world):
 
 
 def start_wandb(run, config):
-    """Weights & Biases, or None: a logging service never stops a run."""
-    try:
-        import wandb
+    import wandb
 
-        try:
-            socket.create_connection(("api.wandb.ai", 443), timeout=2).close()
-            mode = "online"
-        except OSError:
-            mode = "offline"
-        return wandb.init(
-            project="nanohindi", name=Path(run.output_dir).name, dir=run.output_dir, config=config, mode=mode
-        )
+    try:
+        socket.create_connection(("api.wandb.ai", 443), timeout=2).close()
+        mode = "online"
+    except OSError:
+        mode = "offline"
+    return wandb.init(project="nanohindi", name=Path(run.output_dir).name, dir=run.output_dir, config=config, mode=mode)
+
+
+def never_stop(call, *args, **kwargs):
+    """What call returns, or None: a logging service never stops a run."""
+    try:
+        return call(*args, **kwargs)
     except Exception as e:
         print(f"warning: no wandb ({e}); metrics.jsonl is written all the same", file=sys.stderr)
+
+
+def git_commit():
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # there is no git here
+        return ""
 
 
 def differences(old, new):
@@ -97,6 +107,8 @@ def differences(old, new):
 
 def check_against_counting(folder, data, run, device):
     """Print the best checkpoint's bound beside what counting achieves; RuntimeError unless well below a unigram's."""
+    if not (folder / "best.pt").is_file():
+        raise RuntimeError("no validation was finite, so that there is no best.pt to check")
     loaded = checkpoint.load(folder / "best.pt", device)
     windows = dataset.windows(data.val, run.seq_len)
     score = evaluate.evaluate(loaded.denoiser, loaded.tokenizer, windows)["bits_per_byte"]
@@ -173,18 +185,19 @@ def train(kind, mask, sizes, run, quiet=False):
         step, best, overflows, seconds = state["step"], state["best"], state["overflows"], state["seconds"]
         say(f"resumed {path} at step {step:,}")
     if first:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
         facts = dict(
             torch=torch.__version__,
             device=str(device),
             precision=str(dtype or torch.float32),
             world=world,
-            git_commit=git.stdout.strip(),
+            git_commit=git_commit(),
             parameters=sum(p.numel() for p in model.parameters()),
         )
         checkpoint.replace(out / "config.json", lambda t: t.write_text(json.dumps(config | facts, indent=1) + "\n"))
         metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")
-        board = start_wandb(run, config | facts) if run.wandb else None
+        if metrics.tell() and not (out / "metrics.jsonl").read_bytes().endswith(b"\n"):
+            metrics.write("\n")  # a kill tore the last line
+        board = never_stop(start_wandb, run, config | facts) if run.wandb else None
         say(
             f"{kind}: {facts['parameters']:,} parameters on {device} in {facts['precision']}; "
             f"{len(data.train):,} training tokens, {n_parts * run.batch_size} × {run.seq_len} a step"
@@ -195,7 +208,7 @@ def train(kind, mask, sizes, run, quiet=False):
             metrics.write(json.dumps(record, ensure_ascii=False) + "\n")
             metrics.flush()
             if board:
-                board.log(record, step=record["step"])
+                never_stop(board.log, record, step=record["step"])
 
     def save(*names):
         state = dict(
@@ -257,7 +270,7 @@ def train(kind, mask, sizes, run, quiet=False):
                     say(f"step {step:,}: validation bound {bits:.4f} bits/byte, {nats:.4f} nats/token")
                 if run.sample_interval and step % run.sample_interval == 0 and step and not stop:
                     view = checkpoint.Loaded(model, tokenizer, config, step, {}, out)
-                    prompts = [p for p in PROMPTS if len(tokenizer.encode(p)) <= run.seq_len // 2]
+                    prompts = [p for p in PROMPTS if len(tokenizer.encode(p)) <= run.seq_len // 2] or [""]
                     cfg = SampleConfig(steps=run.sample_steps, seed=run.seed, max_new_tokens=run.seq_len // 2)
                     texts = [tokenizer.decode(ids) for ids in sample_diffusion.generate(view, prompts, cfg).texts]
                     log(dict(step=step, samples=texts))
@@ -348,7 +361,7 @@ def train(kind, mask, sizes, run, quiet=False):
     if first:
         metrics.close()
         if board:
-            board.finish()
+            never_stop(board.finish)
     if stop and not last:
         say(f"stopped at step {step:,}, saved in {out}; --resume goes on")
         sys.exit(128 + (caught[0] if caught else signal.SIGTERM))
@@ -389,7 +402,9 @@ def plan(kind, mask, sizes, run):
     device = pick_device(run.device)
     used = max(line["seconds"]["peak_bytes"] for line in lines if "loss" in line)
     there = total_memory(device)
-    disk, free = size * (run.keep + 3), shutil.disk_usage(Path(run.output_dir).absolute().anchor).free
+    out = Path(run.output_dir).absolute()
+    there_is = next(folder for folder in (out, *out.parents) if folder.exists())
+    disk, free = size * (run.keep + 3), shutil.disk_usage(there_is).free
     print(
         f"plan for {run.max_steps:,} steps on {device}: {total / 60:,.1f} minutes ({a_step:.3f} s a step, "
         f"{validations} validations of {a_validation:.1f} s)\nmemory: {used / 2**30:.2f} of {there / 2**30:.1f} GiB; "

@@ -56,8 +56,8 @@ def test_every_parameter_gets_a_gradient(kind):
     model = build(kind)
     model.loss(canvas().clamp(max=V - 1), MaskConfig(), seeded()).backward()
     for name, p in model.named_parameters():
-        assert torch.isfinite(p.grad).all() and p.grad.abs().sum() > 0, name
-    assert (model.embed.weight.grad.abs().sum(1) > 0).all()  # MASK's row too
+        assert torch.isfinite(p.grad).all(), name
+        assert (p.grad.reshape(len(p), -1).abs().sum(1) > 0).all(), name  # every row, that of MASK too
 
 
 @each_kind
@@ -90,6 +90,20 @@ def test_rotary_scores_know_distances_only():
     close(scores[0, 7], (a.conj() * b * torch.complex(cos[7], sin[7])).real.sum())
     close(cos**2 + sin**2, torch.ones(40, 4))
     assert torch.cdist(cos, cos).add(torch.eye(40)).min() > 1e-2  # no two places look the same
+    model, x = build("transformer", d_model=32, n_heads=4), canvas()
+    model.cos, model.sin = cos[:, :4], sin[:, :4]
+    here = model(x)
+    model.cos, model.sin = cos[9:, :4], sin[9:, :4]
+    close(model(x), here)  # nine places on, the same text reads the same
+
+
+def test_heads_begin_at_neighbours():
+    """On a canvas of MASKs, with nothing but its biases, head h looks most at -1, 1, -2, 2."""
+    attention, (cos, sin) = build("transformer", n_heads=4, d_model=64).blocks[0].attention, rotary_table(T, 16)
+    attention.prefer_neighbours()
+    q, k, _ = attention.qkv.bias.view(3, 4, 1, 16).expand(3, 4, T, 16)  # (H, T, D) each
+    scores = rotate(q, cos, sin) @ rotate(k, cos, sin).mT  # (H, T, T)
+    assert (scores[:, 8].argmax(1) - 8).tolist() == [-1, 1, -2, 2]
 
 
 @each_kind
@@ -114,7 +128,13 @@ def test_what_is_refused(kind):
     model = build(kind)
     with pytest.raises(ValueError, match="17.*16"):
         model(torch.zeros(1, T + 1).long())
-    for sizes in (dict(vocab_size=0), dict(max_seq_len=0), dict(n_heads=3), dict(d_model=6, n_heads=2), dict(dropout=1.0)):
+    for sizes in (
+        dict(vocab_size=0),
+        dict(max_seq_len=0),
+        dict(n_heads=3),
+        dict(d_model=6, n_heads=2),
+        dict(dropout=1.0),
+    ):
         with pytest.raises(ValueError):
             build(kind, **sizes)
 
@@ -164,7 +184,7 @@ def test_initial_loss_is_that_of_a_uniform_guess(kind):
 
 @each_kind
 def test_compile_is_reached_in_one_graph(kind):
-    model, plain, graphs, ran = build(kind), build(kind), [], []
+    model, plain, graphs, ran = build(kind, n_layers=1), build(kind, n_layers=1), [], []
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -180,7 +200,6 @@ def test_compile_is_reached_in_one_graph(kind):
         losses = [m.loss(x0, MaskConfig(), seeded(seed)) for m in (model, plain)]
         close(*losses)
     assert not counters["graph_break"] and len(graphs) <= 2 and len(ran) == 4
-    close(model(canvas()), plain(canvas()))  # and without `where`
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,10 +207,10 @@ def test_compile_is_reached_in_one_graph(kind):
 
 
 def test_orthogonalize():
-    for shape in ((5, 16, 16), (5, 16, 40), (1, 3, 200)):
+    for shape in ((2, 128, 128), (5, 16, 40), (1, 3, 200)):
         G = torch.randn(shape, generator=seeded())
         U, S, Vh = torch.linalg.svd(G, full_matrices=False)
-        O = orthogonalize(G)  # noqa: E741
+        O = orthogonalize(G)
         values = torch.linalg.svdvals(O)
         large = S > 0.05 * S[:, :1]  # five steps do not lift the smallest all the way
         assert values[large].min() > 0.6 and values.max() < 1.3
@@ -247,7 +266,7 @@ def test_muon_steps_pieces_and_shapes_as_if_alone():
 def test_average_is_the_loop_by_hand_and_gives_the_weights_back():
     model = build(KINDS[0])
     ema, by_hand = EMA(model, 0.9), {k: v.double() for k, v in model.state_dict().items()}
-    for step in range(1, 200):
+    for step in range(1, 100):
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.1 * torch.randn(p.shape, generator=seeded(step)))

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-from toys import (
-    KINDS, MARKOV, SOURCES, STEP, STRINGS, UNIGRAM, T, Toy, V, build, code, fixed, oracle, seeded, surprise
-)  # fmt: skip
+import toys
+from toys import KINDS, MARKOV, SOURCES, STEP, STRINGS, UNIGRAM, T, Toy, V, build, seeded, surprise
 
 from sampling import STRATEGIES, denoise, draw, filter_probs
 
@@ -20,9 +19,7 @@ def skewed():
 
 
 def last(denoiser, x, **settings):
-    for step in denoise(denoiser, x, **settings):
-        pass
-    return step
+    return list(denoise(denoiser, x, **settings))[-1]
 
 
 def holes(*rows):
@@ -43,16 +40,19 @@ def test_tokens_follow_the_softmax(temperature):
     assert counts[4:].sum() == 0 and surprise(counts[:4], p[:4]) < 4
 
 
-def test_draw_inverts_the_distribution_function():
+def test_draw_inverts_the_distribution_function(monkeypatch):
     """Given u, the token is the first whose cumulative probability exceeds it; never one of probability zero."""
     probs = torch.rand(2000, 7, generator=seeded(1)) * (torch.rand(2000, 7, generator=seeded(2)) < 0.5)
     probs[:, 3] += 0.1
     u = torch.rand(2000, 1, generator=seeded(), dtype=torch.float64)
-    expected = [next(i for i in range(7) if sum(row[: i + 1]) > x * sum(row)) for row, (x,) in zip(probs.double().tolist(), u.tolist(), strict=True)]  # fmt: skip
+    expected = []
+    for p, limit in zip(probs.double().tolist(), u.flatten().tolist(), strict=True):
+        expected.append(next(i for i in range(7) if sum(p[: i + 1]) > limit * sum(p)))
     drawn = draw(probs, seeded())
     assert drawn.tolist() == expected and (probs.gather(1, drawn[:, None]) > 0).all()
-    certain = torch.tensor([[0.0, 0.0, 1.0, 0.0]]).expand(100, 4)
-    assert (draw(certain) == 2).all()
+    for u, token in ((0.0, 1), (1.0, 2)):  # the ends: 1 - 2^-53 times the total may round up to the total
+        monkeypatch.setattr(torch, "rand", lambda *size, u=u, **_: torch.full(size, u, dtype=torch.float64))
+        assert draw(torch.tensor([[0.0, 0.4, 0.6, 0.0]])).tolist() == [token]
 
 
 def test_top_k_and_top_p_keep_the_fewest():
@@ -95,20 +95,20 @@ def test_temperature_towards_zero_is_argmax(temperature):
 def test_one_token_a_forward_draws_from_the_joint(strategy, source):
     """Any order that does not look at the token it is about to draw is exact: each conditional is the posterior's."""
     p, n = SOURCES[source], 20000
-    denoiser = oracle(p)
+    denoiser = toys.oracle(p)
     step = last(denoiser, torch.full((n, T), V), strategy=strategy, steps=T, threshold=1.0, generator=seeded())
     assert step.forwards == len(denoiser.seen) == T
-    assert surprise(torch.bincount(code(step.x), minlength=81), p) < 4
+    assert surprise(torch.bincount(toys.code(step.x), minlength=81), p) < 4
 
 
 def test_all_at_once_draws_from_the_product_of_the_marginals():
-    step = last(oracle(MARKOV), torch.full((20000, T), V), strategy="random", steps=1, generator=seeded())
+    step = last(toys.oracle(MARKOV), torch.full((20000, T), V), strategy="random", steps=1, generator=seeded())
     marginals = torch.stack([UNIGRAM @ torch.linalg.matrix_power(STEP, i) for i in range(T)])  # (T, V)
-    assert surprise(torch.bincount(code(step.x), minlength=81), marginals[torch.arange(T), STRINGS].prod(1)) < 4
+    assert surprise(torch.bincount(toys.code(step.x), minlength=81), marginals[torch.arange(T), STRINGS].prod(1)) < 4
 
 
 def test_two_a_step_in_random_order_is_the_mixture_over_pairs():
-    n, expected, denoiser = 20000, torch.zeros(81).double(), oracle(MARKOV)
+    n, expected, denoiser = 20000, torch.zeros(81).double(), toys.oracle(MARKOV)
     for pair in ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)):
         first = torch.zeros(T).bool().index_fill(0, torch.tensor(pair), True)
         likely = torch.ones(81).double()
@@ -117,20 +117,23 @@ def test_two_a_step_in_random_order_is_the_mixture_over_pairs():
             likely *= probs[:, places].prod(1)
         expected += likely / 6
     step = last(denoiser, torch.full((n, T), V), strategy="random", steps=2, generator=seeded())
-    assert surprise(torch.bincount(code(step.x), minlength=81), expected) < 4
+    assert surprise(torch.bincount(toys.code(step.x), minlength=81), expected) < 4
 
 
 @each_strategy
 def test_infilling_draws_from_the_posterior(strategy):
     x, fits = holes("_1__").expand(10000, T), (STRINGS[:, 1] == 1).double()
-    step = last(oracle(MARKOV), x, strategy=strategy, steps=9, threshold=1.0, generator=seeded())
-    assert step.forwards == 3 and surprise(torch.bincount(code(step.x), minlength=81), MARKOV * fits) < 4
-    possible = last(oracle(MARKOV), x, strategy=strategy, steps=9, temperature=3.0, threshold=1.0, generator=seeded()).x
-    assert (MARKOV[code(possible)] > 0).all() and (possible[:, 1] == 1).all()
+    step = last(toys.oracle(MARKOV), x, strategy=strategy, steps=9, threshold=1.0, generator=seeded())
+    assert step.forwards == 3 and surprise(torch.bincount(toys.code(step.x), minlength=81), MARKOV * fits) < 4
+    possible = last(
+        toys.oracle(MARKOV), x, strategy=strategy, steps=9, temperature=3.0, threshold=1.0, generator=seeded()
+    ).x
+    assert (MARKOV[toys.code(possible)] > 0).all() and (possible[:, 1] == 1).all()
 
 
 @pytest.mark.parametrize("strategy, expected", [
-    ("left_to_right", [0, 1, 2, 3]), ("confidence", [2, 0, 3, 1]), ("margin", [2, 3, 0, 1]), ("entropy", [2, 0, 3, 1])])  # fmt: skip
+    ("left_to_right", [0, 1, 2, 3]), ("confidence", [2, 0, 3, 1]),
+    ("margin", [2, 3, 0, 1]), ("entropy", [2, 0, 3, 1])])  # fmt: skip
 def test_order_of_each_strategy(strategy, expected):
     p = torch.tensor([[0.60, 0.39, 0.01], [0.35, 0.33, 0.32], [0.9, 0.05, 0.05], [0.5, 0.25, 0.25]])
     toy = Toy(lambda x_t: p.log().expand(len(x_t), T, V))
@@ -139,7 +142,7 @@ def test_order_of_each_strategy(strategy, expected):
 
 
 def test_random_order_is_uniform():
-    steps = list(denoise(fixed(0.0, 0.0, 0.0), torch.full((6000, T), V), "random", 4, generator=seeded()))
+    steps = list(denoise(toys.fixed(0.0, 0.0, 0.0), torch.full((6000, T), V), "random", 4, generator=seeded()))
     places = torch.stack([s.revealed.int().argmax(1) for s in steps], 1)  # (rows, T)
     counts = torch.bincount((places * 4 ** torch.arange(3, -1, -1)).sum(1), minlength=256)
     assert (counts > 0).sum() == 24 and surprise(counts[counts > 0], torch.ones(24)) < 4
@@ -171,9 +174,9 @@ def test_every_step_does_its_share(strategy, steps):
 
 
 def test_threshold_decides_all_that_is_sure_and_finishes_early():
-    easy = fixed(9.0, 0.0, 0.0)
+    easy = toys.fixed(9.0, 0.0, 0.0)
     assert last(easy, torch.full((2, 12), V), strategy="threshold", steps=12).forwards == 1
-    hard = last(fixed(0.0, 0.0, 0.0), torch.full((2, 12), V), strategy="threshold", steps=12, generator=seeded())
+    hard = last(toys.fixed(0.0, 0.0, 0.0), torch.full((2, 12), V), strategy="threshold", steps=12, generator=seeded())
     assert hard.forwards == 12  # at least one a step
     p = torch.tensor([0.95, 0.5, 0.91, 0.6, 0.89, 0.97])
     toy = Toy(lambda x_t: torch.stack([p, (1 - p) / 2, (1 - p) / 2], 1).log().expand(len(x_t), 6, 3))
@@ -220,10 +223,10 @@ def test_seeds(strategy):  # S6
 
 def test_forbidden_ids_never_come():
     x = torch.full((2000, 4), V)
-    step = last(fixed(0.5, 3.0, 1.0), x, forbid=(1,), steps=2, generator=seeded())
+    step = last(toys.fixed(0.5, 3.0, 1.0), x, forbid=(1,), steps=2, generator=seeded())
     counts = torch.bincount(step.x.flatten(), minlength=3)
     assert surprise(counts, torch.tensor([math.exp(0.5), 0.0, math.e])) < 4
-    assert (last(fixed(0.5, 3.0, 1.0), x, forbid=(1,), temperature=0).x == 2).all()
+    assert (last(toys.fixed(0.5, 3.0, 1.0), x, forbid=(1,), temperature=0).x == 2).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -236,5 +239,7 @@ def test_rows_of_a_batch_do_not_see_each_other(kind):
     for strategy in ("confidence", "left_to_right"):
         together = last(model, x, strategy=strategy, steps=16, temperature=0, lengths=lengths).x
         for i, n in enumerate(lengths):
-            assert torch.equal(last(model, x[i : i + 1, :n], strategy=strategy, steps=16, temperature=0).x[0], together[i, :n])
+            assert torch.equal(
+                last(model, x[i : i + 1, :n], strategy=strategy, steps=16, temperature=0).x[0], together[i, :n]
+            )
         assert together.max() < 11 and torch.equal(together[x != 11], x[x != 11])

@@ -1,4 +1,4 @@
-"""Toy worlds, small enough to enumerate: V = 3 tokens, T = 4 places, 81 strings; and denoisers that are exact in them."""
+"""Toy worlds, small enough to enumerate: V = 3 tokens, T = 4 places, 81 strings; and denoisers exact in them."""
 
 import itertools
 import math

@@ -1,0 +1,358 @@
+"""Speeds as ratios measured in one run, printed as a table and written as one JSON.
+
+    python benchmark.py train               # the training loop against the plainest correct loop of the same model
+    python benchmark.py prepare             # prepare.py: MB/s, and whether its memory grows with the corpus
+
+A speed alone says more of the machine than of the code: what is compared takes turns in one process, and medians count.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import dataset
+import diffusion
+import optimizer
+import prepare as preparing
+import tokenizer as tokenizers
+import train_diffusion
+from config import BenchmarkConfig, PrepareConfig, TrainConfig, check, parse, run_main
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the machine
+
+
+def machine(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return dict(device=f"{device.type} ({name})", system=platform.platform(), cores=os.cpu_count(),
+                threads=torch.get_num_threads(), torch=torch.__version__)  # fmt: skip
+
+
+def wait_for(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matrix_rate(dtype, device, largest=0, patience=0.5):
+    """Operations a second of a square product: (rate, its size). As large as `patience` seconds a product allow.
+
+    A CPU without bf16 instructions is hundreds of times slower in it: the size grows only while the next one is short.
+    """
+    size, largest = 64, largest or (8192 if device.type == "cuda" else 2048)
+    while True:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        times = []
+        for _ in range(4):
+            wait_for(device)
+            start = time.perf_counter()
+            a @ b
+            wait_for(device)
+            times.append(time.perf_counter() - start)
+        seconds = statistics.median(times[1:])  # the first one warms up
+        if 2 * size > largest or 8 * seconds > patience:
+            return 2 * size**3 / seconds, size
+        size *= 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train
+
+
+def random_data(folder, V, tokens, seed=0):
+    """A folder as prepare.py writes it, of uniformly random ids and a tokenizer of exactly V ids."""
+    # every byte, then made-up tokens of three bytes; four special tokens come on top
+    ranks = [i.to_bytes(1 if i < 256 else 3, "big") for i in range(V - 4)]
+    lines = [base64.b64encode(token) + b" %d" % rank for rank, token in enumerate(ranks)]
+    head = json.dumps({"kind": "tiktoken", "name": "random", "pattern": tokenizers.O200K}).encode()
+    tokenizer = tokenizers.from_bytes(b"\n".join([head, *lines]) + b"\n")
+    (folder / "tokenizer.model").write_bytes(tokenizer.to_bytes())
+    splits, rng = {}, np.random.default_rng(seed)
+    for split in ("train", "val"):
+        data = preparing.pack(rng.integers(V, size=tokens), V)
+        (folder / f"{split}.bin").write_bytes(data)
+        splits[split] = dict(tokens=tokens, sha256=hashlib.sha256(data).hexdigest())
+    meta = dict(format=1, dtype=preparing.pick_dtype(V).name, vocab_size=V, splits=splits,
+                tokenizer=dict(file="tokenizer.model", sha256=tokenizer.sha256))  # fmt: skip
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def plain_loss(model, x0, generator):
+    """The training loss as a paper states it: logits everywhere, the mean over each row's hidden tokens."""
+    x_t, masked = diffusion.corrupt(x0, model.mask_id, generator=generator)  # (B, T)
+    nll = F.cross_entropy(model(x_t).flatten(0, 1), x0.flatten(), reduction="none").view_as(x0)  # (B, T)
+    return ((nll * masked).sum(1) / masked.sum(1)).mean()
+
+
+def plain_step(model, adamw, ids, run, step):
+    """One update of the plainest correct loop: fp32, eager, one AdamW; no clipping, no average, no log."""
+    generator = torch.Generator().manual_seed(step)
+    device = next(model.parameters()).device
+    for micro in range(run.grad_accum):
+        rows = range(micro * run.batch_size, (micro + 1) * run.batch_size)
+        x0 = dataset.batch(ids, run.seq_len, rows, run.grad_accum * run.batch_size, run.seed, step).to(device)
+        (plain_loss(model, x0, generator) / run.grad_accum).backward()
+    adamw.step()
+    adamw.zero_grad()
+
+
+def warm_up(run):
+    """Steps that are not counted. Compiled code is made anew when the number of hidden tokens first changes."""
+    return 3 if run.compile else 1
+
+
+def our_steps(kind, mask, sizes, run):
+    """Seconds of each step but the first ones, and the precision, of the real loop: train_diffusion.train itself."""
+    warm = warm_up(run)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.compiler.reset()  # every call compiles anew: there is a limit to how often without this
+        run = dataclasses.replace(run, output_dir=f"{folder}/run", max_steps=warm + run.max_steps)
+        train_diffusion.train(kind, mask, sizes, run, quiet=True)
+        lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl", encoding="utf-8")]
+        precision = json.loads(Path(f"{folder}/run/config.json").read_text("utf-8"))["precision"].split(".")[1]
+    clock = [line["seconds"]["training"] for line in lines if "loss" in line]
+    return np.diff(clock)[warm - 1 :].tolist(), precision
+
+
+PARTS = {  # what a step consists of: the functions that the loop calls for it
+    "data": [(dataset, "batch")],
+    "forward": [(diffusion, "training_loss")],
+    "backward": [(torch.Tensor, "backward")],
+    "clip": [(torch.nn.utils, "clip_grad_norm_")],
+    "optimizer": [(optimizer.Muon, "step"), (torch.optim.AdamW, "step")],
+    "average": [(optimizer.EMA, "update")],
+}
+
+
+def parts_of_a_step(kind, mask, sizes, run, device):
+    """Seconds a step of each of PARTS and of the rest, in steps of the real loop whose functions are timed."""
+    clocks = {name: [] for name in PARTS}
+
+    def timed(function, times):
+        @functools.wraps(function)
+        def inner(*args, **kwargs):
+            wait_for(device)
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            wait_for(device)
+            times.append(time.perf_counter() - start)
+            return result
+
+        return inner
+
+    with contextlib.ExitStack() as stack:
+        for name, functions in PARTS.items():
+            for owner, attribute in functions:
+                original = getattr(owner, attribute)
+                stack.enter_context(mock.patch.object(owner, attribute, timed(original, clocks[name])))
+        seconds, _ = our_steps(kind, mask, sizes, run)
+    # a function is called several times a step, and what is left over beyond whole steps happened at set-up
+    steps, all_steps = len(seconds), len(seconds) + warm_up(run)
+    parts = {name: sum(times[-(len(times) // all_steps) * steps :]) / steps for name, times in clocks.items() if times}
+    return parts | {"rest": sum(seconds) / steps - sum(parts.values())}
+
+
+def needed_operations(model, run):
+    """Forward and backward (twice the forward) of one step; the head only where a token is hidden, (T + 1) / 2 a row.
+
+    The optimizer's own operations are not counted, nor what the plain loop computes beyond these.
+    """
+    return 3 * model.flops(run.seq_len, (run.seq_len + 1) / 2) * run.batch_size * run.grad_accum
+
+
+def train(argv):
+    kind, mask = "transformer", train_diffusion.MaskConfig()
+    config_class, model_class = checkpoint.MODELS[kind]
+    cfg, sizes, run = parse(__doc__, BenchmarkConfig, config_class, TrainConfig, argv=argv,
+                            seq_len=256, batch_size=16, grad_accum=8)  # fmt: skip
+    device = train_diffusion.pick_device(run.device)
+    sizes = dataclasses.replace(sizes, vocab_size=cfg.vocab_size, max_seq_len=run.seq_len)
+    tokens = run.batch_size * run.grad_accum * run.seq_len
+    with tempfile.TemporaryDirectory() as folder:
+        random_data(Path(folder), cfg.vocab_size, max(1 << 18, 2 * run.seq_len))
+        # one step an alternation, everything on, a log line each; validation (one window) is not in its seconds
+        run = dataclasses.replace(run, data_dir=folder, max_steps=1, log_interval=1, eval_interval=0, sample_interval=0,
+                                  eval_windows=1, eval_masks=1, resume=False, check=False, plan=False)  # fmt: skip
+        ids = dataset.load(folder).train
+        if run.threads:
+            torch.set_num_threads(run.threads)
+        torch.manual_seed(run.seed)
+        model = model_class(sizes).to(device)
+        adamw = torch.optim.AdamW(model.parameters(), lr=run.lr, foreach=False)
+        plain_step(model, adamw, ids, run, 0)  # warms up, as the real loop's first step does
+
+        seconds, rates = {"ours": [], "plain": []}, {}
+        for i in range(cfg.repeats):
+            ours, precision = our_steps(kind, mask, sizes, run)
+            seconds["ours"] += ours
+            wait_for(device)
+            start = time.perf_counter()
+            plain_step(model, adamw, ids, run, i + 1)
+            wait_for(device)
+            seconds["plain"].append(time.perf_counter() - start)
+            for name in {"float32", "bfloat16", precision}:
+                rates.setdefault(name, []).append(matrix_rate(getattr(torch, name), device))
+        parts = parts_of_a_step(kind, mask, sizes, dataclasses.replace(run, max_steps=2), device)
+
+    a_step = {name: statistics.median(times) for name, times in seconds.items()}
+    rate = {name: statistics.median(r for r, _ in measured) for name, measured in rates.items()}
+    needed = needed_operations(model, run)
+    share = {name: needed / a_step["ours"] / rate[name] for name in rate}
+    emulated = rate["bfloat16"] < rate["float32"]
+    why = f"--amp {run.amp}" + (f"; bf16 is {'slower' if emulated else 'faster'} here" if run.amp == "auto" else "")
+    figures = dict(
+        machine=machine(device),
+        config=dataclasses.asdict(sizes) | dataclasses.asdict(run) | dict(repeats=cfg.repeats, kind=kind),
+        precision=precision,
+        precision_why=why,
+        seconds_a_step=seconds,
+        tokens_a_second={name: tokens / s for name, s in a_step.items()},
+        ratio=a_step["plain"] / a_step["ours"],
+        needed_operations_a_step=needed,
+        matrix_rate=rate,
+        matrix_size={name: measured[-1][1] for name, measured in rates.items()},
+        share=share,
+        bf16_share_means_something=not emulated,
+        parts_seconds=parts,
+    )
+    print(f"{figures['machine']['device']}, {torch.get_num_threads()} threads; {sizes}")
+    print(f"{run.grad_accum} × {run.batch_size} × {run.seq_len} tokens a step; precision {precision} ({why})\n")
+    print(f"{'loop':<44}{'s a step':>12}{'tokens/s':>12}{'spread':>16}")
+    labels = {"ours": f"train_diffusion ({run.optimizer}, everything on)", "plain": "plainest correct loop, fp32"}
+    for name, label in labels.items():
+        low, high = min(seconds[name]), max(seconds[name])
+        print(f"{label:<44}{a_step[name]:>12.3f}{tokens / a_step[name]:>12,.0f}{f'{low:.3f} to {high:.3f}':>16}")
+    print(f"{'ratio':<44}{figures['ratio']:>12.2f}\n")
+    print(f"needed: {needed / 1e12:.3f} TFLOP a step, {needed / a_step['ours'] / 1e9:,.1f} GFLOP/s reached")
+    for name in sorted(rate):
+        note = " <- the precision in use" if name == precision else ""
+        if name == "bfloat16" and emulated:
+            note += " (no bf16 instructions: a share of this rate means nothing)"
+        print(f"{name} square product of {figures['matrix_size'][name]}: {rate[name] / 1e9:,.1f} GFLOP/s, "
+              f"share {share[name]:.1%}{note}")  # fmt: skip
+    print("\nwhere a step goes: " + ", ".join(f"{k} {v / sum(parts.values()):.1%}" for k, v in parts.items()))
+    return cfg, figures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prepare
+
+# Memory may rise by this factor while the text grows tenfold: 16 bytes a document for its hash, and what the allocator
+# and the sampling of a moving figure make of two equal runs. One that held the text would need several times as much.
+MARGIN = 1.25
+
+
+def repeat_text(sources, path, size):
+    """Write `size` bytes or a little more: the lines of `sources` over and over, each a document unlike every other."""
+    lines = [line for source in sources for line in source.read_text("utf-8").split("\n") if line.strip()]
+    check(lines, f"--input: there is no text in {', '.join(map(str, sources))}")
+    with open(path, "wb") as f:
+        for copy in itertools.count():
+            for line in lines:
+                f.write(f"{copy} {line}\n\n".encode())  # a blank line ends a document
+                if f.tell() >= size:
+                    return f.tell()
+
+
+def family(pid):
+    """A process and all its descendants (Linux; elsewhere itself alone)."""
+    yield pid
+    with contextlib.suppress(OSError):  # a process that has just ended
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in children.read_text().split():
+                yield from family(int(child))
+
+
+def resident(pid):
+    with contextlib.suppress(OSError):
+        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        return int(found[1]) * 1024 if found else 0
+    return 0
+
+
+def run_and_watch(command, every=0.02):
+    """Run a command: (seconds, peak bytes of it and its children together). RuntimeError if it fails.
+
+    The sum is sampled, and what several processes share counts in each; the largest single one comes from the kernel.
+    """
+    start, peak = time.perf_counter(), 0
+    with tempfile.TemporaryFile() as printed:
+        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            peak = max(peak, sum(map(resident, family(process.pid))))
+            time.sleep(every)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)  # Popen must not wait again
+        printed.seek(0)
+        tail = printed.read()[-500:].decode("utf-8", "replace")
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {tail}")
+    return seconds, max(peak, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+
+
+def prepare(argv):
+    (cfg,) = parse(__doc__, BenchmarkConfig, argv=argv)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        files, _ = preparing.find_inputs(PrepareConfig(input=cfg.input), folder)
+        for times in (1, cfg.growth):
+            size = repeat_text([path for path, _ in files], folder / "text.txt", int(times * cfg.megabytes * 1e6))
+            command = [sys.executable, str(Path(__file__).with_name("prepare.py")), "--input", f"{folder}/text.txt",
+                       "--output_dir", f"{folder}/out", "--vocab_size", str(cfg.vocab_size)]  # fmt: skip
+            seconds, peak = run_and_watch(command)
+            rows.append(dict(times=times, bytes=size, seconds=seconds, megabytes_a_second=size / seconds / 1e6,
+                             peak_bytes=peak))  # fmt: skip
+    ratio = rows[1]["peak_bytes"] / rows[0]["peak_bytes"]
+    print(f"{'text':>10}{'MB':>10}{'seconds':>10}{'MB/s':>10}{'peak MiB, children included':>30}")
+    for row in rows:
+        print(f"{row['times']:>9}×{row['bytes'] / 1e6:>10,.1f}{row['seconds']:>10.1f}"
+              f"{row['megabytes_a_second']:>10.2f}{row['peak_bytes'] / 2**20:>30,.0f}")  # fmt: skip
+    print(f"memory at {cfg.growth}× the text: {ratio:.2f} times that at 1×; allowed is {MARGIN}")
+    figures = dict(machine=machine(torch.device("cpu")), rows=rows, memory_ratio=ratio, margin=MARGIN)
+    return cfg, figures, None if ratio <= MARGIN else f"memory grows with the text: {ratio:.2f} times, over {MARGIN}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+BENCHMARKS = {"train": train, "prepare": prepare}  # each: argv -> its config, its figures, and what failed if it can
+
+
+def main():
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(f"{__doc__}\nbenchmarks: {', '.join(BENCHMARKS)}; python benchmark.py NAME --help lists the flags of one")
+        return
+    check(name in BENCHMARKS, f"there is no benchmark {name!r}, but {', '.join(BENCHMARKS)}")
+    cfg, figures, *failed = BENCHMARKS[name](sys.argv[2:])
+    path = Path(cfg.output or f"checkpoints/benchmark_{name}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(dict(benchmark=name) | figures, indent=1) + "\n", "utf-8")
+    print(f"wrote {path}")
+    if failed and failed[0]:
+        raise RuntimeError(failed[0])
+
+
+if __name__ == "__main__":
+    run_main(main)

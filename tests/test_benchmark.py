@@ -1,0 +1,158 @@
+"""benchmark.py: its figures, each computed another way. Sizes are tiny; what is checked is arithmetic, not speed."""
+
+import json
+import statistics
+import sys
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmark
+import checkpoint
+import dataset
+import diffusion
+import tokenizer as tokenizers
+from config import MaskConfig, TrainConfig, TransformerConfig, run_main
+
+SIZES = "--d_model 32 --n_layers 2 --n_heads 2 --d_ff 64 --vocab_size 300 --seq_len 16 --batch_size 4 --grad_accum 2".split()
+
+
+def make_model(kind="transformer", T=16, V=300):
+    torch.manual_seed(0)
+    config_class, model_class = checkpoint.MODELS[kind]
+    return model_class(config_class(vocab_size=V, max_seq_len=T, d_model=32, n_layers=2, n_heads=2, d_ff=64))
+
+
+def command(capsys, monkeypatch, *argv):
+    """The command line in this process: its exit code, standard output and error."""
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as e:
+        run_main(benchmark.main)
+    return e.value.code, *capsys.readouterr()
+
+
+def test_needed_operations_are_those_pytorch_counts():
+    """PyTorch's own counter over forward and backward of one step's real loss, attention as plain products."""
+    run = TrainConfig(seq_len=64, batch_size=16, grad_accum=4)
+    model, generator = make_model(T=64), torch.Generator()
+    x0 = torch.randint(300, (16, 64))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        for i in range(4):  # stratified over the step: hidden tokens are (T + 1) / 2 a row but for a percent
+            model.loss(x0, MaskConfig(), generator.manual_seed(0), part=(i, 4)).backward()
+    assert benchmark.needed_operations(model, run) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_the_plain_loop_minimises_the_same_loss():
+    """Under the same masks it equals the bound, which takes the other path: the head at hidden places alone."""
+    model, x0 = make_model(), torch.randint(300, (8, 16))
+    plain = benchmark.plain_loss(model, x0, torch.Generator().manual_seed(3))
+    assert plain.item() == pytest.approx(diffusion.bound(model, x0, torch.Generator().manual_seed(3)).mean().item())
+
+
+@pytest.mark.parametrize("V", [260, 300, 8192, 70_000])
+def test_random_data_is_a_prepared_folder_of_exactly_V_ids(tmp_path, V):
+    benchmark.random_data(tmp_path, V, 5000)
+    data = dataset.load(tmp_path)  # checks hashes, lengths and the largest id
+    assert tokenizers.load(tmp_path / "tokenizer.model").vocab_size == V == data.meta["vocab_size"]
+    assert len(data.train) == 5000 and data.train.max() > 0.99 * (V - 1)
+
+
+def test_the_rate_of_a_product_is_two_n_cubed_over_its_time(monkeypatch):
+    clock = iter(range(0, 10_000))  # every look at the clock is a second later: each product takes one
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
+    assert benchmark.matrix_rate(torch.float32, torch.device("cpu")) == (2 * 64**3, 64)  # a second is long: no larger
+    rate, size = benchmark.matrix_rate(torch.float32, torch.device("cpu"), largest=256, patience=100)
+    assert (rate, size) == (2 * 256**3, 256)
+
+
+def test_train_writes_figures_that_follow_from_its_seconds(tmp_path, capsys, monkeypatch):
+    rates = {torch.float32: 8e9, torch.bfloat16: 2e9}
+    monkeypatch.setattr(benchmark, "matrix_rate", lambda dtype, device: (rates[dtype], 512))
+    code, out, err = command(
+        capsys, monkeypatch, "train", *SIZES, "--repeats", 3, "--output", tmp_path / "a" / "b.json"
+    )
+    assert (code, err) == (0, "")
+    figures = json.loads((tmp_path / "a" / "b.json").read_text("utf-8"))
+    ours, plain = (statistics.median(figures["seconds_a_step"][name]) for name in ("ours", "plain"))
+    assert [len(times) for times in figures["seconds_a_step"].values()] == [3, 3] and min(ours, plain) > 0
+    assert figures["tokens_a_second"] == pytest.approx({"ours": 2 * 4 * 16 / ours, "plain": 2 * 4 * 16 / plain})
+    assert figures["ratio"] == pytest.approx(plain / ours)
+    # by hand: a block's matrices 4 C² + 3 C F, scores and values 2 T C; the head at (T + 1) / 2 places
+    a_window = 6 * (2 * 16 * (4 * 32**2 + 3 * 32 * 64 + 2 * 16 * 32) + 8.5 * 32 * 300)
+    assert figures["needed_operations_a_step"] == 8 * a_window
+    assert figures["share"] == pytest.approx(
+        {"float32": 8 * a_window / ours / 8e9, "bfloat16": 8 * a_window / ours / 2e9}
+    )
+    assert figures["precision"] == "float32" and not figures["bf16_share_means_something"]
+    assert "means nothing" in out and "float32" in out
+    parts = figures["parts_seconds"]
+    assert set(parts) == {*benchmark.PARTS, "rest"} and min(parts.values()) > 0
+    assert max(parts, key=parts.get) in ("forward", "backward", "optimizer")
+
+
+def test_timing_the_parts_leaves_the_loop_as_it_was(tmp_path):
+    before = [getattr(owner, name) for functions in benchmark.PARTS.values() for owner, name in functions]
+    benchmark.random_data(tmp_path, 300, 1000)
+    run = TrainConfig(data_dir=str(tmp_path), seq_len=16, batch_size=2, grad_accum=1, max_steps=1, log_interval=1,
+                      eval_interval=0, eval_windows=1, amp="off", device="cpu")  # fmt: skip
+    sizes = TransformerConfig(d_model=32, n_layers=1, n_heads=2, d_ff=64)
+    benchmark.parts_of_a_step("transformer", MaskConfig(), sizes, run, torch.device("cpu"))
+    assert before == [getattr(owner, name) for functions in benchmark.PARTS.values() for owner, name in functions]
+
+
+def test_repeated_documents_are_all_different(tmp_path):
+    (tmp_path / "a.txt").write_text("एक\n\nदो\n", "utf-8")
+    (tmp_path / "b.txt").write_text("तीन", "utf-8")
+    size = benchmark.repeat_text([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out.txt", 200)
+    text = (tmp_path / "out.txt").read_text("utf-8")
+    documents = text.strip().split("\n\n")
+    assert documents[:4] == ["0 एक", "0 दो", "0 तीन", "1 एक"] and len(set(documents)) == len(documents)
+    assert 200 <= size == len(text.encode()) < 220
+
+
+def test_peak_memory_includes_children():
+    """A child that holds 100 MB beside a parent that holds 60 MB: both count, at the same time."""
+    hold = "import time; x = bytearray(b'1') * %d; time.sleep(0.7)"
+    small = benchmark.run_and_watch([sys.executable, "-c", hold % 1])[1]
+    parent = (
+        "import subprocess, sys; x = bytearray(b'1') * 60_000_000; "
+        f"subprocess.run([sys.executable, '-c', {hold % 10**8!r}])"
+    )
+    seconds, peak = benchmark.run_and_watch([sys.executable, "-c", parent])
+    assert 2 * small + 150e6 < peak < 2 * small + 180e6 and seconds > 0.7
+    with pytest.raises(RuntimeError, match="ended with 3: .*no text"):
+        benchmark.run_and_watch([sys.executable, "-c", "print('no text'); raise SystemExit(3)"])
+
+
+@pytest.mark.parametrize("peaks, code", [((400e6, 500e6), 0), ((400e6, 501e6), 1)])
+def test_prepare_refuses_memory_that_grows(tmp_path, capsys, monkeypatch, peaks, code):
+    left = list(peaks)
+    monkeypatch.setattr(benchmark, "run_and_watch", lambda command: (2.0, left.pop(0)))
+    flags = ("--megabytes", 0.1, "--growth", 10, "--output", tmp_path / "p.json")
+    got, out, err = command(capsys, monkeypatch, "prepare", *flags)
+    assert got == code and ("memory grows" in err) == (code == 1)
+    figures = json.loads((tmp_path / "p.json").read_text("utf-8"))  # written either way
+    assert figures["memory_ratio"] == peaks[1] / peaks[0] and figures["margin"] == 1.25
+    assert [row["peak_bytes"] for row in figures["rows"]] == list(peaks)
+    small, large = (row["bytes"] for row in figures["rows"])
+    assert small == pytest.approx(1e5, rel=0.02) and large == pytest.approx(1e6, rel=0.02)
+    assert figures["rows"][1]["megabytes_a_second"] == pytest.approx(large / 2e6)
+
+
+def test_prepare_measures_the_real_command(tmp_path, capsys, monkeypatch):
+    (tmp_path / "in.txt").write_text("\n".join(f"राम {i} घर गया और पानी लाया।" for i in range(50)), "utf-8")
+    flags = ("--input", tmp_path / "in.txt", "--megabytes", 0.03, "--vocab_size", 400, "--growth", 3)
+    code, out, err = command(capsys, monkeypatch, "prepare", *flags, "--output", tmp_path / "p.json")
+    assert (code, err) == (0, "")
+    figures = json.loads((tmp_path / "p.json").read_text("utf-8"))
+    assert 0.9 < figures["memory_ratio"] < 1.25 and f"{figures['memory_ratio']:.2f} times" in out
+    assert all(20e6 < row["peak_bytes"] < 2e9 for row in figures["rows"])
+
+
+def test_an_unknown_benchmark_is_a_wrong_command(capsys, monkeypatch):
+    code, _, err = command(capsys, monkeypatch, "nonsense")
+    assert code == 2 and "train, prepare" in err and err.count("\n") == 1
+    assert command(capsys, monkeypatch, "train", "--unknown", 1)[0] == 2
+    assert command(capsys, monkeypatch, "--help")[0] == 0

@@ -1,0 +1,150 @@
+"""evaluate.py and ngram.py: units from the text itself, errors by bootstrap, counts by dictionaries."""
+
+import collections
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from toys import Toy, fixed, seeded
+
+import checkpoint
+import dataset
+import evaluate
+import ngram
+import tokenizer as tokenizers
+
+
+@pytest.fixture(params=["bytes", "bpe"])
+def tokenizer(request, data):
+    return tokenizers.Bytes() if request.param == "bytes" else tokenizers.load(data / "tokenizer.model")
+
+
+def scored(tokenizer, T=7):
+    """Documents with hard bytes, an EOS behind each, in windows that cut characters."""
+    ids = []
+    for text in ("मैं कल बाज़ार गया था।", "é👩‍👩‍👧 \n\n x", "राम खेत में गया था।" * 5):
+        ids += [*tokenizer.encode(text), tokenizer.eos_id]
+    return dataset.windows(np.array(ids), T)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# units
+
+
+def test_bytes_and_characters_are_those_of_the_decoded_text(tokenizer):
+    windows = scored(tokenizer)
+    text = tokenizer.decode(torch.cat(windows).tolist())
+    tokens, n_bytes, n_chars = evaluate.text_sizes(windows, tokenizer)
+    assert (tokens.sum(), n_bytes.sum(), n_chars.sum()) == (len(torch.cat(windows)), len(text.encode()), len(text))
+    assert tokens.tolist() == [len(w) for w in windows] and n_chars.sum() < n_bytes.sum()
+    for window, size in zip(windows, n_bytes, strict=True):
+        assert size == sum(len(tokenizer.token_bytes(int(i))) for i in window)
+
+
+def test_a_uniform_model_costs_log_V_a_token(tokenizer):
+    windows, V = scored(tokenizer), tokenizer.vocab_size
+    result = evaluate.evaluate(fixed(*[0.0] * V), tokenizer, windows, masks=3)
+    text, tokens = tokenizer.decode(torch.cat(windows).tolist()), sum(map(len, windows))
+    bits = tokens * math.log2(V)
+    found = [result[name]["mean"] for name in ("nats_per_token", "bits_per_byte", "bits_per_character")]
+    assert found == pytest.approx([math.log(V), bits / len(text.encode()), bits / len(text)])
+    assert result["nats_per_token"]["standard_error"] < 1e-6  # the same in every window
+    assert result["tokens"] == tokens and result["windows"] == len(windows) and result["masks"] == 3
+
+
+def test_error_of_a_ratio_is_that_of_the_bootstrap():
+    g = np.random.default_rng(0)
+    size = g.uniform(20, 60, 400)
+    cost = size * g.normal(2, 0.3, 400) + g.normal(0, 10, 400)
+    mean, error = evaluate.ratio(torch.tensor(cost), torch.tensor(size))
+    draws = g.integers(0, 400, (4000, 400))
+    again = cost[draws].sum(1) / size[draws].sum(1)
+    assert mean == pytest.approx(cost.sum() / size.sum()) and error == pytest.approx(again.std(), rel=0.06)
+    assert evaluate.ratio(torch.ones(1), torch.ones(1)) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("T", [10, 30, 64, 130, 500])
+def test_cost_by_hidden_fraction(T):
+    """A model whose cost is a function of the count alone: every bin holds the counts in (b/10, (b+1)/10] · T."""
+    cost = lambda k: 0.1 + 2 * k / T  # noqa: E731  nats
+
+    def logits(x_t):
+        p = torch.exp(-cost((x_t == 2).sum(1).double()))
+        return torch.stack([p, 1 - p], 1).log()[:, None].expand(*x_t.shape, 2)
+
+    two = collections.namedtuple("Two", "vocab_size token_bytes")(2, lambda i: b"a")
+    result = evaluate.evaluate(Toy(logits, V=2), two, [torch.zeros(T).long()] * 100, masks=40)
+    assert sum(b["n"] for b in result["by_hidden_fraction"]) == 4000
+    for i, b in enumerate(result["by_hidden_fraction"]):
+        ks = [k for k in range(1, T + 1) if i * T < 10 * k <= (i + 1) * T]
+        assert abs(b["n"] - 4000 * len(ks) / T) < 4 * 4000**0.5 * (len(ks) / T) ** 0.5
+        spread = np.std([cost(k) for k in ks])
+        assert abs(b["nats_per_token"] - np.mean([cost(k) for k in ks])) < 4 * spread / b["n"] ** 0.5 + 1e-5
+        assert len(ks) > 1 or b["standard_error"] < 1e-5
+    assert result["nats_per_token"]["mean"] == pytest.approx(np.mean([cost(k) for k in range(1, T + 1)]), abs=0.01)
+    assert all(b["n"] or b["nats_per_token"] is None for b in evaluate.evaluate(
+        Toy(logits, V=2), two, [torch.zeros(T).long()], masks=1)["by_hidden_fraction"])  # fmt: skip
+
+
+def test_main_writes_what_evaluate_returns(command, trained, data, tmp_path):
+    out = tmp_path / "eval.json"
+    result = command("evaluate", "--ckpt", trained, "--masks", 4, "--output", out, "--device", "cpu", "--seed", 5)
+    assert result.code == 0, result.err
+    written, loaded, prepared = json.loads(out.read_text("utf-8")), checkpoint.load(trained), dataset.load(data)
+    windows = dataset.windows(prepared.val, 32)
+    again = evaluate.evaluate(loaded.denoiser, loaded.tokenizer, windows, masks=4, seed=5)
+    assert {k: written[k] for k in again} == again and f"{again['bits_per_byte']['mean']:.4f}" in result.out
+    for split, key in (("val", "bytes"), ("val", "characters"), ("val", "tokens")):
+        assert written[key] == prepared.meta["splits"][split][key]  # all that prepare.py counted, and no byte twice
+    V, bits = loaded.tokenizer.vocab_size, written["bytes"] * math.log(2)
+    counted = {name: getattr(ngram, name)(prepared.train, prepared.val, V) / bits for name in ("unigram", "bigram")}
+    assert written["baselines_bits_per_byte"] == pytest.approx(counted)
+    assert counted["bigram"] < counted["unigram"] < math.log2(V) * written["tokens"] / written["bytes"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# counting
+
+
+def slow_bigram(train, V):
+    """p(b | a) by dictionaries, as the formula in ngram.bigram says."""
+    pairs, singles = collections.Counter(zip(train, train[1:], strict=False)), collections.Counter(train)
+    p = {b: (singles[b] + 0.5) / (len(train) + 0.5 * V) for b in range(V)}
+    n1, n2 = (sum(c == n for c in pairs.values()) for n in (1, 2))
+    d = n1 / (n1 + 2 * n2)
+
+    def prob(b, a=None):
+        after = {y: c for (x, y), c in pairs.items() if x == a}
+        if not after:
+            return p[b]
+        total = sum(after.values())
+        return max(after.get(b, 0) - d, 0) / total + d * len(after) / total * p[b]
+
+    return prob
+
+
+def test_unigram_and_bigram_against_dictionaries():
+    V = 12
+    train = (torch.multinomial(torch.arange(10.0), 60, True, generator=seeded()) + 1).tolist() + [0, 5]  # 11 never
+    val = [11, 0, 3, 3, 11, 2, *train[:20]]
+    prob = slow_bigram(train, V)
+    a, b = np.array(train, np.uint16), np.array(val, np.uint16)
+    assert ngram.unigram(a, b, V) == pytest.approx(-sum(math.log(prob(x)) for x in val))
+    slow = -math.log(prob(val[0])) - sum(math.log(prob(y, x)) for x, y in zip(val, val[1:], strict=False))
+    assert ngram.bigram(a, b, V) == pytest.approx(slow)
+    for context in range(V):  # the fast code's own probabilities, one pair at a time
+        pairs = [np.array([context, y], np.uint16) for y in range(V)]
+        given = [math.exp(ngram.unigram(a, pair[:1], V) - ngram.bigram(a, pair, V)) for pair in pairs]
+        assert sum(given) == pytest.approx(1) and min(given) > 0
+    assert sum(ngram.unigram_probs(a, V)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("train", [[1, 2, 1, 2, 1, 2, 1], [3, 3, 3], [0, 1, 2, 3, 4]])
+def test_bigram_where_no_pair_or_every_pair_is_single(train):
+    for context in range(5):
+        pairs = [np.array([context, y]) for y in range(5)]
+        train_ids = np.array(train, np.uint16)
+        given = [math.exp(ngram.unigram(train_ids, p[:1], 5) - ngram.bigram(train_ids, p, 5)) for p in pairs]
+        assert sum(given) == pytest.approx(1) and min(given) > 0
