@@ -273,7 +273,7 @@ def repeat_text(sources, path, size):
 
 
 def family(pid):
-    """A process and all its descendants (Linux; elsewhere itself alone)."""
+    """A process and all its descendants, from Linux's /proc."""
     yield pid
     with contextlib.suppress(OSError):  # a process that has just ended
         for children in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -291,24 +291,23 @@ def resident(pid):
 def run_and_watch(command, every=0.02):
     """Run a command: (seconds, peak bytes of it and its children together). RuntimeError if it fails.
 
-    The sum is sampled, and what several processes share counts in each; the largest single one comes from the kernel.
+    The sum is sampled, and a page that several processes share counts in each. The kernel's own maximum (ru_maxrss)
+    will not do: a process is born with its parent's, and ours holds PyTorch.
     """
     start, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile() as printed:
         process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT)
-        while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if pid:
-                break
+        while process.poll() is None:
             peak = max(peak, sum(map(resident, family(process.pid))))
             time.sleep(every)
         seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)  # Popen must not wait again
         printed.seek(0)
         tail = printed.read()[-500:].decode("utf-8", "replace")
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {tail}")
-    return seconds, max(peak, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    if not peak:
+        raise RuntimeError("memory cannot be read here: that needs Linux, and a command of more than an instant")
+    return seconds, peak
 
 
 def prepare(argv):

@@ -55,8 +55,8 @@ def rate_and_weight(t, schedule="linear", low=0.0, high=1.0, levels=0):
 
 
 def hide_tokens(noise, k):
-    """The k positions of smallest noise in each row. noise (B, T), k (B,) -> masked (B, T) bool, exactly k a row."""
-    return noise.argsort(1).argsort(1) < k[:, None]
+    """Exactly k random positions a row: those that a random permutation sends below k. noise (B, T) uniform, k (B,)."""
+    return noise.argsort(1) < k[:, None]
 
 
 def hide_spans(noise, coin, k, starts, mean_span_length):

@@ -132,9 +132,8 @@ def denoise(
     if steps == 0:  # nothing to fill
         yield Step(x, is_open, torch.ones(B, T, device=device), 0)
     for i in range(steps):
-        # (B,) open positions that this step leaves: an even share a step, and a short row is done early
-        leave = wanted - (wanted * (i + 1) // steps).clamp(min=i + 1).minimum(wanted)
-        quota = (is_open.sum(1) - leave).clamp(min=1)  # threshold may be ahead of its share
+        due = wanted * (i + 1) // steps  # (B,) positions decided after this step: an even share a step
+        quota = (due - wanted + is_open.sum(1)).clamp(min=1)  # a short row is done early, threshold may be ahead
         where = is_open.flatten().nonzero().squeeze(1)  # (N,)
         if len(where) == 0:
             return

@@ -271,7 +271,7 @@ def train(kind, mask, sizes, run, quiet=False):
                 if run.sample_interval and step % run.sample_interval == 0 and step and not stop:
                     view = checkpoint.Loaded(model, tokenizer, config, step, {}, out)
                     prompts = [p for p in PROMPTS if len(tokenizer.encode(p)) <= run.seq_len // 2] or [""]
-                    cfg = SampleConfig(steps=run.sample_steps, seed=run.seed, max_new_tokens=run.seq_len // 2)
+                    cfg = SampleConfig(steps=run.sample_steps, seed=run.seed, max_new_tokens=max(1, run.seq_len // 2))
                     texts = [tokenizer.decode(ids) for ids in sample_diffusion.generate(view, prompts, cfg).texts]
                     log(dict(step=step, samples=texts))
                     say("\n".join(texts))

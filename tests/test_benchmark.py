@@ -16,7 +16,10 @@ import diffusion
 import tokenizer as tokenizers
 from config import MaskConfig, TrainConfig, TransformerConfig, run_main
 
-SIZES = "--d_model 32 --n_layers 2 --n_heads 2 --d_ff 64 --vocab_size 300 --seq_len 16 --batch_size 4 --grad_accum 2".split()
+SIZES = (
+    "--d_model 32 --n_layers 2 --n_heads 2 --d_ff 64 --vocab_size 300 --seq_len 16 --batch_size 4 --grad_accum 2 "
+    "--device cpu"
+).split()
 
 
 def make_model(kind="transformer", T=16, V=300):
@@ -51,7 +54,7 @@ def test_the_plain_loop_minimises_the_same_loss():
     assert plain.item() == pytest.approx(diffusion.bound(model, x0, torch.Generator().manual_seed(3)).mean().item())
 
 
-@pytest.mark.parametrize("V", [260, 300, 8192, 70_000])
+@pytest.mark.parametrize("V", [260, 300, 70_000])
 def test_random_data_is_a_prepared_folder_of_exactly_V_ids(tmp_path, V):
     benchmark.random_data(tmp_path, V, 5000)
     data = dataset.load(tmp_path)  # checks hashes, lengths and the largest id
@@ -116,10 +119,8 @@ def test_peak_memory_includes_children():
     """A child that holds 100 MB beside a parent that holds 60 MB: both count, at the same time."""
     hold = "import time; x = bytearray(b'1') * %d; time.sleep(0.7)"
     small = benchmark.run_and_watch([sys.executable, "-c", hold % 1])[1]
-    parent = (
-        "import subprocess, sys; x = bytearray(b'1') * 60_000_000; "
-        f"subprocess.run([sys.executable, '-c', {hold % 10**8!r}])"
-    )
+    child = f"subprocess.run([sys.executable, '-c', {hold % 10**8!r}])"
+    parent = f"import subprocess, sys; x = bytearray(b'1') * 60_000_000; {child}"
     seconds, peak = benchmark.run_and_watch([sys.executable, "-c", parent])
     assert 2 * small + 150e6 < peak < 2 * small + 180e6 and seconds > 0.7
     with pytest.raises(RuntimeError, match="ended with 3: .*no text"):

@@ -265,6 +265,13 @@ def test_watching_changes_nothing(trained, data, tmp_path):
     )
 
 
+@pytest.mark.parametrize("seq_len", [1, 2, 8])
+def test_short_windows_are_watched_too(data, tmp_path, seq_len):
+    """Where no fixed prompt fits, the samples are written freely."""
+    train(data, tmp_path / "run", "--max_steps", 1, "--seq_len", seq_len, "--sample_interval", 1)
+    assert [len(m["samples"]) for m in metrics(tmp_path / "run") if "samples" in m] == [1]
+
+
 def test_recomputing_the_blocks_changes_nothing(data, tmp_path, trained):
     train(data, tmp_path / "run", "--activation_checkpointing")
     assert not same_run_but(trained, tmp_path / "run", "activation_checkpointing")
