@@ -96,10 +96,11 @@ def random_data(folder, V, tokens, seed=0):
 
 
 def plain_loss(model, x0, generator):
-    """The training loss as a paper states it: logits everywhere, the mean over each row's hidden tokens."""
+    """LLaDA's loss as its authors print it (arXiv 2502.09992, algorithm 1): logits everywhere, then the hidden ones."""
     x_t, masked = diffusion.corrupt(x0, model.mask_id, generator=generator)  # (B, T)
-    nll = F.cross_entropy(model(x_t).flatten(0, 1), x0.flatten(), reduction="none").view_as(x0)  # (B, T)
-    return ((nll * masked).sum(1) / masked.sum(1)).mean()
+    nll = F.cross_entropy(model(x_t)[masked], x0[masked], reduction="none")  # (N,)
+    k = masked.sum(1, keepdim=True).expand_as(x0)  # (B, T) how many of its row are hidden
+    return (nll / k[masked]).sum() / len(x0)
 
 
 def plain_step(model, adamw, ids, run, step):
@@ -235,11 +236,11 @@ def train(argv):
     )
     print(f"{figures['machine']['device']}, {torch.get_num_threads()} threads; {sizes}")
     print(f"{run.grad_accum} × {run.batch_size} × {run.seq_len} tokens a step; precision {precision} ({why})\n")
-    print(f"{'loop':<44}{'s a step':>12}{'tokens/s':>12}{'spread':>16}")
+    print(f"{'loop':<44}{'s a step':>12}{'tokens/s':>12}{'from, to':>20}")
     labels = {"ours": f"train_diffusion ({run.optimizer}, everything on)", "plain": "plainest correct loop, fp32"}
     for name, label in labels.items():
         low, high = min(seconds[name]), max(seconds[name])
-        print(f"{label:<44}{a_step[name]:>12.3f}{tokens / a_step[name]:>12,.0f}{f'{low:.3f} to {high:.3f}':>16}")
+        print(f"{label:<44}{a_step[name]:>12.3f}{tokens / a_step[name]:>12,.0f}{f'{low:.3f}, {high:.3f}':>20}")
     print(f"{'ratio':<44}{figures['ratio']:>12.2f}\n")
     print(f"needed: {needed / 1e12:.3f} TFLOP a step, {needed / a_step['ours'] / 1e9:,.1f} GFLOP/s reached")
     for name in sorted(rate):

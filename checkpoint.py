@@ -190,7 +190,7 @@ def open_run(folder, resume):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         raise RuntimeError(f"{folder} is locked: another run trains in it") from e
-    if not resume and any((folder / name).exists() for name in ("config.json", "metrics.jsonl", "latest.pt")):
+    if not resume and any(folder.glob("*.pt")):  # one that failed before its first checkpoint is no run yet
         raise ValueError(f"{folder} already holds a run; --resume goes on with it, another --output_dir starts anew")
     for stale in folder.glob("*.tmp"):
         stale.unlink()

@@ -59,8 +59,9 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(C // self.n_heads), RMSNorm(C // self.n_heads)
 
     @torch.no_grad()
-    def prefer_neighbours(self, size=1.0):
+    def prefer_neighbours(self, size=1.0, sharpness=2.0):
         """Against the constant key bias, rotated by its position, a query bias rotated by o peaks at offset o."""
+        self.norm_q.scale.fill_(sharpness)
         H, D = self.n_heads, self.norm_q.scale.numel()
         offset = torch.arange(H) // 2 + 1  # 1, 1, 2, 2, ...
         cos, sin = rotary_table(self.max_seq_len, D)

@@ -1,6 +1,6 @@
 """Run folders → one PNG: training loss and validation bound against optimizer steps.
 
-    python plot.py checkpoints/quickstart            # writes checkpoints/quickstart/loss.png
+python plot.py checkpoints/quickstart            # writes checkpoints/quickstart/loss.png
 """
 
 import json
@@ -53,7 +53,9 @@ def main():
         if evaluated.is_file() and len(args.runs) == 1:
             for name, bits in json.loads(evaluated.read_text())["baselines_bits_per_byte"].items():
                 right.axhline(bits, color="grey", linestyle=":", linewidth=1)
-                right.annotate(name, (steps[-1], bits), textcoords="offset points", xytext=(0, 3), ha="right", color="grey")
+                right.annotate(
+                    name, (steps[-1], bits), textcoords="offset points", xytext=(0, 3), ha="right", color="grey"
+                )
     left.set(title="training loss", xlabel="optimizer step", ylabel="nats per token")
     right.set(title="validation bound", xlabel="optimizer step", ylabel="bits per byte")
     for axes in (left, right):

@@ -131,7 +131,6 @@ def main():
         )
     prompts = [p.strip() for p in cfg.prompt.split("||")]
     blanks = any(BLANK.search(p) for p in prompts)
-    print(f"{loaded.path}, step {loaded.step:,}", file=sys.stderr)
 
     # a blank of free length is many canvases until the best is known, so only the others appear live
     screen = Screen() if cfg.live and sys.stdout.isatty() and not blanks else None
@@ -156,7 +155,7 @@ def main():
     written, forwards = sum(samples.written), samples.steps[-1].forwards
     print(
         f"\n{written} tokens in {forwards} forwards, {written / max(1, forwards):.1f} tokens a forward, "
-        f"{written / seconds:,.0f} tokens/s ({seconds:.2f} s)"
+        f"{written / seconds:,.0f} tokens/s ({seconds:.2f} s; {loaded.path}, step {loaded.step:,})"
     )
     for path, write in ((cfg.html, trace.save_html), (cfg.json, trace.save)):
         if path:

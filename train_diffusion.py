@@ -39,8 +39,8 @@ from optimizer import EMA, make_optimizers
 # what a resumed run may change; everything else must stay as it was
 MAY_CHANGE = set(
     "max_steps resume plan check output_dir data_dir preset batch_size grad_accum amp device threads compile "
-    "activation_checkpointing wandb keep log_interval eval_interval eval_masks eval_windows sample_interval sample_steps "
-    "save_interval".split()
+    "activation_checkpointing wandb keep log_interval eval_interval eval_masks eval_windows sample_interval "
+    "sample_steps save_interval".split()
 )
 MARGIN = 0.18  # how far below the unigram's the bound must be for --check
 
@@ -75,11 +75,11 @@ def average_gradients(model, world):
 def start_wandb(run, config):
     import wandb
 
-    try:
-        socket.create_connection(("api.wandb.ai", 443), timeout=2).close()
-        mode = "online"
-    except OSError:
-        mode = "offline"
+    mode = "offline"
+    with contextlib.suppress(OSError):
+        if os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists():  # else it would ask and wait
+            socket.create_connection(("api.wandb.ai", 443), timeout=2).close()
+            mode = "online"
     return wandb.init(project="nanohindi", name=Path(run.output_dir).name, dir=run.output_dir, config=config, mode=mode)
 
 
@@ -151,6 +151,9 @@ def train(kind, mask, sizes, run, quiet=False):
     dataset.batch(data.train, run.seq_len, range(0), n_parts * run.batch_size, run.seed, 0)  # long enough?
     starts = torch.from_numpy(tokenizer.word_starts())  # (V,) bool
     windows = dataset.windows(data.val, run.seq_len, run.eval_windows)
+    out = Path(run.output_dir)
+    if first:
+        lock = checkpoint.open_run(out, run.resume)  # noqa: F841  held until the process ends
 
     # --- model, optimizer, average
     torch.manual_seed(run.seed)
@@ -169,9 +172,7 @@ def train(kind, mask, sizes, run, quiet=False):
     # --- run folder; resume
     config = dict(kind=kind, **dataclasses.asdict(mask), **dataclasses.asdict(sizes), **dataclasses.asdict(run))
     config |= dict(rows_a_step=n_parts * run.batch_size, data_sha256=data.hash, tokenizer_sha256=tokenizer.sha256)
-    step, best, overflows, seconds, out = 0, math.inf, 0, 0.0, Path(run.output_dir)
-    if first:
-        lock = checkpoint.open_run(out, run.resume)  # noqa: F841  held until the process ends
+    step, best, overflows, seconds = 0, math.inf, 0, 0.0
     if run.resume:
         state, path = checkpoint.read_newest(out)
         difference = differences(state["config"], config)
@@ -194,7 +195,7 @@ def train(kind, mask, sizes, run, quiet=False):
             parameters=sum(p.numel() for p in model.parameters()),
         )
         checkpoint.replace(out / "config.json", lambda t: t.write_text(json.dumps(config | facts, indent=1) + "\n"))
-        metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")
+        metrics = open(out / "metrics.jsonl", "a" if run.resume else "w", encoding="utf-8")
         if metrics.tell() and not (out / "metrics.jsonl").read_bytes().endswith(b"\n"):
             metrics.write("\n")  # a kill tore the last line
         board = never_stop(start_wandb, run, config | facts) if run.wandb else None
@@ -205,6 +206,7 @@ def train(kind, mask, sizes, run, quiet=False):
 
     def log(record):
         if first:
+            record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             metrics.write(json.dumps(record, ensure_ascii=False) + "\n")
             metrics.flush()
             if board:
@@ -252,9 +254,11 @@ def train(kind, mask, sizes, run, quiet=False):
             stop = flag.item() > 0
         if first:
             improved = False
+            judge = last or (run.eval_interval and step % run.eval_interval == 0 and step and not stop)
+            show = run.sample_interval and step % run.sample_interval == 0 and step and not stop
             model.eval()
-            with ema.applied(model) if ema else contextlib.nullcontext(), autocast:
-                if (run.eval_interval and step % run.eval_interval == 0 and step and not stop) or last:
+            with ema.applied(model) if ema and (judge or show) else contextlib.nullcontext(), autocast:
+                if judge:
                     start = time.perf_counter()
                     valid = evaluate.evaluate(model, tokenizer, windows, run.eval_masks)
                     bits, nats = valid["bits_per_byte"]["mean"], valid["nats_per_token"]["mean"]
@@ -268,7 +272,7 @@ def train(kind, mask, sizes, run, quiet=False):
                         )
                     )
                     say(f"step {step:,}: validation bound {bits:.4f} bits/byte, {nats:.4f} nats/token")
-                if run.sample_interval and step % run.sample_interval == 0 and step and not stop:
+                if show:
                     view = checkpoint.Loaded(model, tokenizer, config, step, {}, out)
                     prompts = [p for p in PROMPTS if len(tokenizer.encode(p)) <= run.seq_len // 2] or [""]
                     cfg = SampleConfig(steps=run.sample_steps, seed=run.seed, max_new_tokens=max(1, run.seq_len // 2))
@@ -362,6 +366,8 @@ def train(kind, mask, sizes, run, quiet=False):
         metrics.close()
         if board:
             never_stop(board.finish)
+    if world > 1:
+        dist.barrier()  # nobody ends before the checkpoint is whole
     if stop and not last:
         say(f"stopped at step {step:,}, saved in {out}; --resume goes on")
         sys.exit(128 + (caught[0] if caught else signal.SIGTERM))
@@ -370,13 +376,13 @@ def train(kind, mask, sizes, run, quiet=False):
         if run.check:
             check_against_counting(out, data, run, device)
     if world > 1:
-        dist.barrier()
         dist.destroy_process_group()
     return valid
 
 
 def plan(kind, mask, sizes, run):
     """Run a few real steps in a temporary folder and print what the whole run will take here."""
+    check(os.environ.get("WORLD_SIZE", "1") == "1", "--plan measures one process; leave torchrun out")
     probe = 6
     with tempfile.TemporaryDirectory() as folder:
         short = dataclasses.replace(
@@ -391,7 +397,10 @@ def plan(kind, mask, sizes, run):
             eval_interval=0,
             sample_interval=0,
         )
-        train(kind, mask, sizes, short, quiet=True)
+        try:
+            train(kind, mask, sizes, short, quiet=True)
+        except (MemoryError, torch.OutOfMemoryError) as e:
+            raise RuntimeError(f"it does not fit: {str(e).splitlines()[0]}; lower --batch_size or --d_model") from e
         lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl", encoding="utf-8")]
         size = Path(f"{folder}/run/latest.pt").stat().st_size
     clock = [line["seconds"]["training"] for line in lines if "loss" in line]
