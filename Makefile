@@ -29,15 +29,15 @@ setup-all: .venv/dev
 
 # an interrupted quickstart goes on where it stopped; a finished one only evaluates and samples again
 quickstart: .venv/core
-	@test -f $(DATA)/meta.json || $(PY) prepare.py --output_dir $(DATA) --vocab_size 1024
-	$(PY) train_diffusion.py --preset tiny --data_dir $(DATA) --output_dir $(RUN) --check $(if $(wildcard $(RUN)/latest.pt),--resume)
-	$(PY) evaluate.py --ckpt $(RUN)/best.pt
+	@test -f $(DATA)/meta.json || $(PY) prepare.py --output_dir $(DATA) --vocab_size 1024 --romanized 0.1
+	$(PY) train_diffusion.py --preset tiny --data_dir $(DATA) --output_dir $(RUN) $(if $(wildcard $(RUN)/latest.pt),--resume)
+	$(PY) sample_diffusion.py --ckpt $(RUN)/best.pt --prompt "$(PROMPTS)" --temperature 0.6 --no_live
+	@$(PY) sample_diffusion.py --ckpt $(RUN)/best.pt --prompt "एक दिन" --temperature 0.6 --html $(RUN)/replay.html --no_live > /dev/null
+	$(PY) evaluate.py --ckpt $(RUN)/best.pt --check
 	$(PY) plot.py $(RUN)
-	$(PY) sample_diffusion.py --ckpt $(RUN)/best.pt --prompt "$(PROMPTS)" --no_live
-	@$(PY) sample_diffusion.py --ckpt $(RUN)/best.pt --prompt "एक दिन" --html $(RUN)/replay.html --no_live > /dev/null
 	@echo
 	@echo "Look at $(RUN)/loss.png, and open $(RUN)/replay.html in a browser to see text appear step by step. Next:"
-	@echo "  $(PY) sample_diffusion.py --prompt 'पार्वती ने कहा' --steps 32        # your own prompt, appearing live"
+	@echo "  $(PY) sample_diffusion.py --prompt 'पार्वती ने कहा'        # your own prompt, appearing live"
 	@echo "  $(PY) sample_diffusion.py --prompt 'देवदास ___ चला गया'              # fill a blank"
 	@echo "  $(PY) prepare.py --input my_text_dir && $(PY) train_diffusion.py --plan   # your own text; how long would it take?"
 

@@ -160,7 +160,7 @@ class TrainConfig:
     eval_masks: int = knob(4, "stratified masks a window while training; evaluate.py uses 16")
     eval_windows: int = knob(512, "validation windows while training, at most; 0 is all")
     sample_interval: int = knob(0, "steps between samples of the fixed prompts; 0 is never")
-    sample_steps: int = knob(16, "denoising steps of those samples")
+    sample_steps: int = knob(32, "denoising steps of those samples")
     save_interval: int = knob(500, "steps between checkpoints; the last step is always saved")
     keep: int = knob(2, "how many step_*.pt to keep, besides latest.pt and best.pt")
     resume: bool = knob(False, "go on from the newest valid checkpoint of output_dir")
@@ -201,13 +201,13 @@ class SampleConfig:
         "prompts are separated by ||; empty writes freely",
     )
     max_new_tokens: int = knob(64, "tokens to write after the prompt; a prompt with blanks gets none")
-    steps: int = knob(16, "denoising steps, each one forward; never more than there are open positions")
+    steps: int = knob(64, "denoising steps, each one forward; fewer are faster and worse")
     strategy: str = knob(
         "confidence",
         "which positions are decided first (sampling.STRATEGIES)",
         ("random", "left_to_right", "confidence", "margin", "entropy", "threshold"),
     )
-    temperature: float = knob(0.8, "0 takes the likeliest token")
+    temperature: float = knob(0.7, "0 takes the likeliest token")
     top_k: int = knob(0, "draw from the k likeliest tokens; 0 is off")
     top_p: float = knob(1.0, "draw from the fewest tokens that hold this much probability; 1 is off")
     threshold: float = knob(0.9, "strategy threshold decides every position surer than this, and at least its quota")
@@ -237,6 +237,7 @@ class EvaluateConfig:
     masks: int = knob(16, "stratified masks a window")
     max_windows: int = knob(0, "score only the first windows; 0 is all")
     batch_size: int = knob(32, "windows a forward")
+    check: bool = knob(False, "compare with unigram and bigram models; exit 1 if not 18 % below the unigram")
     output: str = knob("", "where the figures go; empty is eval.json beside the checkpoint")
     seed: int = knob(0, "seed of the masks")
     device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
@@ -268,7 +269,7 @@ PROMPTS = ("मुझे एक अच्छी कहानी सुनाओ"
 # A preset is a set of defaults; measured sizes and times stand in the README.
 PRESETS = {
     "tiny": dict(
-        d_model=128, n_layers=4, n_heads=4, d_ff=344, seq_len=128, batch_size=16, grad_accum=1, max_steps=2000
+        d_model=128, n_layers=4, n_heads=4, d_ff=344, seq_len=128, batch_size=16, grad_accum=1, max_steps=1000
     ),
     "laptop": {},  # the defaults above
     "base": dict(

@@ -20,6 +20,7 @@ from config import EvaluateConfig, check, parse, run_main
 from machine import pick_device
 
 BINS = 10
+MARGIN = 0.18  # how far below the unigram's the bound must be for --check
 
 
 def ratio(numerator, denominator):
@@ -85,8 +86,12 @@ def counting(train, windows, tokenizer):
     return {"unigram": ngram.unigram(train, scored, V) * scale, "bigram": ngram.bigram(train, scored, V) * scale}
 
 
-def main():
-    (cfg,) = parse(__doc__, EvaluateConfig)
+def run(cfg):
+    """Score a checkpoint, print the figures and write eval.json. cfg: a config.EvaluateConfig.
+
+    Raises FloatingPointError if the bound is not finite, and RuntimeError if cfg.check is on and it is not well below
+    what a unigram model costs.
+    """
     loaded = checkpoint.load(cfg.ckpt or checkpoint.newest_run(), pick_device(cfg.device), cfg.ema)
     tokenizer = loaded.tokenizer
     data = dataset.load(cfg.data_dir or loaded.config["data_dir"])
@@ -135,7 +140,15 @@ def main():
             )
     checkpoint.replace(output, lambda t: t.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
     print(f"wrote {output}")
+    if cfg.check:
+        ours = result["bits_per_byte"]["mean"]
+        against = "; ".join(f"{name} {bits:.4f} ({ours / bits - 1:+.1%})" for name, bits in baselines.items())
+        print(f"check: bound {ours:.4f} bits/byte; {against}")
+        if not ours <= (1 - MARGIN) * baselines["unigram"]:
+            raise RuntimeError(
+                f"the bound is not {MARGIN:.0%} below the unigram's; train longer, look at metrics.jsonl"
+            )
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(lambda: run(*parse(__doc__, EvaluateConfig)))

@@ -32,7 +32,7 @@ import dataset
 import evaluate
 import sample_diffusion
 import tokenizer as tokenizers
-from config import PROMPTS, MaskConfig, SampleConfig, TrainConfig, check, parse, run_main
+from config import PROMPTS, EvaluateConfig, MaskConfig, SampleConfig, TrainConfig, check, parse, run_main
 from machine import peak_memory, pick_device, pick_precision, total_memory
 from optimizer import EMA, make_optimizers
 
@@ -42,8 +42,6 @@ MAY_CHANGE = set(
     "activation_checkpointing wandb keep log_interval eval_interval eval_masks eval_windows sample_interval "
     "sample_steps save_interval".split()
 )
-MARGIN = 0.18  # how far below the unigram's the bound must be for --check
-
 # ---------------------------------------------------------------------------------------------------------------------
 # pieces of the loop
 
@@ -103,22 +101,6 @@ def differences(old, new):
     """Fields in which a resumed run differs from its checkpoint, as one line; '' if only what may change does."""
     fields = [k for k in new if k in old and k not in MAY_CHANGE and old[k] != new[k]]
     return ", ".join(f"{k} was {old[k]!r} and is {new[k]!r}" for k in fields)
-
-
-def check_against_counting(folder, data, run, device):
-    """Print the best checkpoint's bound beside what counting achieves; RuntimeError unless well below a unigram's."""
-    if not (folder / "best.pt").is_file():
-        raise RuntimeError("no validation was finite, so that there is no best.pt to check")
-    loaded = checkpoint.load(folder / "best.pt", device)
-    windows = dataset.windows(data.val, run.seq_len)
-    score = evaluate.evaluate(loaded.denoiser, loaded.tokenizer, windows)["bits_per_byte"]
-    counted = evaluate.counting(data.train, windows, loaded.tokenizer)
-    print(
-        f"check: validation bound {score['mean']:.4f} ± {score['standard_error']:.4f} bits/byte; "
-        + "; ".join(f"{name} {bits:.4f} ({score['mean'] / bits - 1:+.1%})" for name, bits in counted.items())
-    )
-    if not score["mean"] <= (1 - MARGIN) * counted["unigram"]:
-        raise RuntimeError(f"the bound is not {MARGIN:.0%} below the unigram's; train longer, or look at metrics.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,7 +356,7 @@ def train(kind, mask, sizes, run, quiet=False):
     if first:
         say(f"done: {step:,} steps in {seconds:,.0f} s of training, best bound {best:.4f} bits/byte, in {out}/best.pt")
         if run.check:
-            check_against_counting(out, data, run, device)
+            evaluate.run(EvaluateConfig(str(out), run.data_dir, device=run.device, check=True))
     if world > 1:
         dist.destroy_process_group()
     return valid
