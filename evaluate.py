@@ -150,5 +150,9 @@ def run(cfg):
             )
 
 
+def main():
+    run(*parse(__doc__, EvaluateConfig))
+
+
 if __name__ == "__main__":
-    run_main(lambda: run(*parse(__doc__, EvaluateConfig)))
+    run_main(main)
