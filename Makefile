@@ -7,6 +7,10 @@ PYTHON ?= python3
 PY = .venv/bin/python
 DATA = data/quickstart
 RUN = checkpoints/quickstart
+# OpenMP threads that spin long for each other stall when another program takes a core: 30 times slower, measured; with
+# this setting 7 times, and as fast as before on a quiet machine
+export GOMP_SPINCOUNT ?= 30000
+
 PROMPTS = मुझे एक अच्छी कहानी सुनाओ||भारत में आज मौसम||mai kal bazaar gaya tha aur||yaar mujhe samajh nahi aa raha
 
 .PHONY: quickstart test setup setup-all clean
@@ -30,11 +34,10 @@ setup-all: .venv/dev
 # an interrupted quickstart goes on where it stopped; a finished one only evaluates and samples again
 quickstart: .venv/core
 	@test -f $(DATA)/meta.json || $(PY) prepare.py --output_dir $(DATA) --vocab_size 1024 --romanized 0.1
-	$(PY) train_diffusion.py --preset tiny --data_dir $(DATA) --output_dir $(RUN) $(if $(wildcard $(RUN)/latest.pt),--resume)
+	$(PY) train_diffusion.py --preset tiny --data_dir $(DATA) --output_dir $(RUN) $(if $(wildcard $(RUN)/*.pt),--resume)
 	$(PY) sample_diffusion.py --ckpt $(RUN)/best.pt --prompt "$(PROMPTS)" --temperature 0.6 --no_live
 	@$(PY) sample_diffusion.py --ckpt $(RUN)/best.pt --prompt "एक दिन" --temperature 0.6 --html $(RUN)/replay.html --no_live > /dev/null
-	$(PY) evaluate.py --ckpt $(RUN)/best.pt --check
-	$(PY) plot.py $(RUN)
+	$(PY) evaluate.py --ckpt $(RUN)/best.pt --check; code=$$?; $(PY) plot.py $(RUN) && exit $$code
 	@echo
 	@echo "Look at $(RUN)/loss.png, and open $(RUN)/replay.html in a browser to see text appear step by step. Next:"
 	@echo "  $(PY) sample_diffusion.py --prompt 'पार्वती ने कहा'        # your own prompt, appearing live"

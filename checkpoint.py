@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import tokenizer as tokenizers
-from config import TransformerConfig
+from config import TransformerConfig, one_line
 from model import Denoiser, Transformer
 
 MODELS = {"transformer": (TransformerConfig, Transformer)}  # kind -> (config class, model class)
@@ -33,7 +33,7 @@ class Loaded:
     tokenizer: Any
     config: dict  # every flag of the run that made it
     step: int
-    state: dict  # the file as it stands, for resuming
+    kind: str  # key of MODELS
     path: Path
 
 
@@ -59,6 +59,9 @@ def replace(path, write):
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+        parent = os.open(path.parent, os.O_RDONLY)  # the new name too must outlive a power cut
+        os.fsync(parent)
+        os.close(parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -84,7 +87,7 @@ def save(path, state, retries=2):
             if attempt == retries:
                 free = shutil.disk_usage(path.parent).free / 2**20
                 raise RuntimeError(
-                    f"cannot write {path} ({str(e).splitlines()[0]}; {free:,.0f} MiB free); earlier "
+                    f"cannot write {path} ({one_line(e)}; {free:,.0f} MiB free); earlier "
                     "checkpoints stand; make room and --resume"
                 ) from e
             time.sleep(1)
@@ -120,7 +123,7 @@ def read(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a pickle that wants to run code ends here too
-        raise RuntimeError(f"{path} is not a readable checkpoint ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+        raise RuntimeError(f"{path} is not a readable checkpoint ({type(e).__name__}: {one_line(e)})") from e
     if not isinstance(state, dict) or state.get("format") != 1 or state.get("kind") not in MODELS:
         raise RuntimeError(f"{path} is not a checkpoint of this project (kinds: {', '.join(MODELS)})")
     return state
@@ -131,7 +134,7 @@ def read_newest(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no run folder {folder}")
-    for path in [folder / "latest.pt", *reversed(numbered(folder))]:
+    for path in [folder / "latest.pt", *reversed(numbered(folder)), folder / "best.pt"]:
         try:
             return read(path), path
         except FileNotFoundError:
@@ -160,7 +163,7 @@ def load(path, device="cpu", ema=True):
     denoiser = build(state)
     denoiser.load_state_dict(state["ema"] if ema and state["ema"] else state["model"])
     tokenizer = tokenizers.from_bytes(state["tokenizer"].numpy().tobytes())
-    return Loaded(denoiser.to(device).eval(), tokenizer, state["config"], state["step"], state, path)
+    return Loaded(denoiser.to(device).eval(), tokenizer, state["config"], state["step"], state["kind"], path)
 
 
 def newest_run(root="checkpoints"):

@@ -77,7 +77,7 @@ def hide_spans(noise, coin, k, starts, mean_span_length):
 def corrupt(x0, mask_id, k=None, generator=None):
     """Hide k of the T tokens in each row of x0 (B, T); k (B,) or, by default, stratified and uniform on 1..T.
 
-    Returns x_t (B, T) and masked (B, T) bool.
+    Returns x_t (B, T) and masked (B, T) bool. generator: a CPU generator, here and below.
     """
     B, T = x0.shape
     if k is None:
@@ -93,12 +93,12 @@ def corrupt(x0, mask_id, k=None, generator=None):
 def hidden_nll(denoiser, x_t, masked, x0, chunk=4096):
     """-log p(x0 | x_t) of the hidden tokens alone: the head is computed nowhere else.
 
-    Returns nll (N,) in nats, fp32, and the row (N,) that each belongs to. Chunks keep the fp32 copies small.
+    Returns nll (N,) in nats, fp32, and the row (N,) that each belongs to. Chunks keep the temporaries small.
     """
     device = next(denoiser.parameters()).device
-    where = masked.flatten().nonzero().squeeze(1)  # (N,) before it goes to the device: no waiting for the GPU
+    where = masked.flatten().nonzero().squeeze(1)  # (N,), on the CPU in training: its size is known without waiting
     row, target = where // x0.shape[1], x0.flatten()[where]
-    x_t, where, row, target = (v.to(device, non_blocking=True) for v in (x_t, where, row, target))
+    x_t, where, row, target = (v.to(device) for v in (x_t, where, row, target))
     logits = denoiser(x_t, where)  # (N, V)
     parts = zip(logits.split(chunk), target.split(chunk), strict=True)
     return torch.cat([F.cross_entropy(l.float(), y, reduction="none") for l, y in parts]), row
@@ -125,7 +125,7 @@ def training_loss(denoiser, x0, cfg, generator=None, part=(0, 1), starts=None):
     levels = cfg.timesteps if cfg.time_mode == "discrete" else 0
     rate, weight = rate_and_weight(t, cfg.mask_schedule, cfg.min_mask_rate, cfg.max_mask_rate, levels)
     k = (rate * T - 1e-9).ceil().clamp(1, T).long()  # (n·B,) exact counts; 0.07 · 100 is 7.000000000000001
-    if cfg.loss_weight == "low_var":  # every hidden token counts the same (arXiv 2602.15014)
+    if cfg.loss_weight == "low_var":  # every hidden token counts the same, with spans about (arXiv 2602.15014)
         weight = k.double()
     weight = (weight / weight.mean())[mine].float()
 

@@ -114,7 +114,7 @@ def run(cfg):
     result = {
         "checkpoint": str(loaded.path),
         "step": loaded.step,
-        "kind": loaded.state["kind"],
+        "kind": loaded.kind,
         "split": cfg.split,
         "data_sha256": data.hash,
         "ema": cfg.ema,

@@ -21,7 +21,7 @@ def pick_device(name, local_rank=0):
         torch.empty(1, device=device)
         return device
     except Exception as e:
-        raise ValueError(f"--device {name} does not work here ({str(e).splitlines()[0]})") from e
+        raise ValueError(f"--device {name} does not work here ({str(e).strip().partition(chr(10))[0]})") from e
 
 
 def pick_precision(amp, device):

@@ -30,7 +30,8 @@ class RMSNorm(nn.Module):
 def rotary_table(T, D):
     """cos and sin of every position's angles, (T, D / 2) each (arXiv 2104.09864).
 
-    The slowest pair turns by one radian over the window, so that all of them tell positions apart: base T, not 10,000.
+    The slowest pair turns by little more than one radian over the window, so that all of them tell positions apart:
+    base T, not 10,000.
     """
     angle = torch.arange(T)[:, None] * float(T) ** (-torch.arange(0, D, 2) / D)
     return angle.cos(), angle.sin()

@@ -1,6 +1,6 @@
 """Optimizers: Muon for the blocks' matrices with AdamW for the rest, or AdamW alone; and the averaged weights.
 
-    optimizers = make_optimizers(model, "muon", lr=3e-3, weight_decay=0.1, beta2=0.95)
+    optimizers = make_optimizers(model, "muon", lr=4e-3, weight_decay=0.1, beta2=0.95)
 
 Weight decay falls on the blocks' matrices only, never on norms, biases or embeddings, identically for every model.
 """
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def orthogonalize(G, steps=5):
-    """Newton–Schulz: bring every singular value of G (..., R, C) near 1, with R <= C (Muon, Jordan 2024).
+    """Newton–Schulz: bring every singular value of G (..., R, C) near 1 (Muon, Jordan 2024). R <= C, batched.
 
     The quintic's coefficients are Muon's: fast rather than exact, the values end between 0.7 and 1.2.
     """
@@ -20,7 +20,7 @@ def orthogonalize(G, steps=5):
     X = G / (G.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)  # a X + (b A + c A A) X
     return X
 
 
@@ -42,7 +42,9 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                buffer = self.state[p]["momentum"]
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(buffer, group["momentum"])  # Nesterov
                 p.mul_(1 - group["lr"] * group["weight_decay"])

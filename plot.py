@@ -39,8 +39,8 @@ def main():
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for run in args.runs:
         records = read_metrics(run)
-        losses = [(r["step"], r["loss"]) for r in records if "loss" in r]
-        bounds = [(r["step"], r["bits_per_byte"]) for r in records if "bits_per_byte" in r]
+        losses = [(r["step"], r["loss"]) for r in records if r.get("loss") is not None]
+        bounds = [(r["step"], r["bits_per_byte"]) for r in records if r.get("bits_per_byte") is not None]
         if not losses:
             raise ValueError(f"{run}/metrics.jsonl holds no training step yet")
         steps, values = zip(*losses, strict=True)

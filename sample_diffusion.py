@@ -81,11 +81,12 @@ class Samples:
     texts: list  # ids of each sample, cut at EOS
     written: list  # tokens of each that were not given
     steps: list  # every Step of the batch
-    rows: list  # the row of the batch that each sample is
+    seconds: list  # when each was done, since the start
+    rows: list  # the row of the batch that each sample is, and how long it is
 
 
 def generate(loaded, prompts, cfg, on_step=None):
-    """Samples for each prompt, cfg.num_samples each, in one batch. on_step(step) sees every step as it is made.
+    """Samples for each prompt, cfg.num_samples each, in one batch. on_step(step, length of row 0) sees each step.
 
     A blank of free length is tried in every length, each a row; the row whose tokens were surest on average wins.
     """
@@ -98,14 +99,18 @@ def generate(loaded, prompts, cfg, on_step=None):
             rows += options
     x, lengths = right_padded(rows, tokenizer.pad_id, next(denoiser.parameters()).device)
     given, log_p, steps = x != denoiser.mask_id, torch.zeros(x.shape, device=x.device), []
-    never = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id)
+    never = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id]
+    if any(BLANK.search(prompt) for prompt in prompts):
+        never.append(tokenizer.eos_id)  # it has no text: a blank would show fewer tokens than it was given
+    start, seconds = time.perf_counter(), []
     options = {k: getattr(cfg, k) for k in ("strategy", "steps", "temperature", "top_k", "top_p", "threshold")}
     generator = torch.Generator().manual_seed(cfg.seed)
     for step in sampling.denoise(denoiser, x, **options, forbid=never, lengths=lengths, generator=generator):
         log_p += torch.where(step.revealed, step.confidence.clamp(min=1e-9).log(), 0.0)
         steps.append(step)
+        seconds.append(time.perf_counter() - start)
         if on_step:
-            on_step(step)
+            on_step(step, len(rows[0]))
     mean_log_p = log_p.sum(1) / (~given).sum(1).clamp(min=1)  # (B,)
     best = [max(group, key=lambda r: float(mean_log_p[r])) for group in groups]
     texts, written = [], []
@@ -115,7 +120,7 @@ def generate(loaded, prompts, cfg, on_step=None):
         end = next((i for i in range(last_given + 1, len(ids)) if ids[i] == tokenizer.eos_id), len(ids))
         texts.append(ids[:end])
         written.append(sum(new[:end]))
-    return Samples(texts, written, steps, best)
+    return Samples(texts, written, steps, seconds, [(r, len(rows[r])) for r in best])
 
 
 def main():
@@ -139,20 +144,19 @@ def main():
     )
     trace = traces.Trace(tokenizer, mask_id, prompts[0], meta)
 
-    def on_step(step):
-        if screen:
-            trace.add(step)
-            screen.show(trace.units)
+    def show(step, length):
+        trace.add(step, length=length)
+        screen.show(trace.units)
 
-    start = time.perf_counter()
-    samples = generate(loaded, prompts, cfg, on_step)
-    seconds = time.perf_counter() - start
-    if not screen:
-        for step in samples.steps:
-            trace.add(step, row=samples.rows[0])
-    shown = [tokenizer.decode(ids) for ids in samples.texts]
-    print("\n\n".join(shown[1:] if screen else shown))
-    written, forwards = sum(samples.written), samples.steps[-1].forwards
+    samples = generate(loaded, prompts, cfg, show if screen else None)
+    if screen:
+        screen.show([])  # the text follows, cut where it ends
+    else:
+        row, length = samples.rows[0]
+        for step, seconds in zip(samples.steps, samples.seconds, strict=True):
+            trace.add(step, row, seconds, length)
+    print("\n\n".join(tokenizer.decode(ids) for ids in samples.texts))
+    written, forwards, seconds = sum(samples.written), samples.steps[-1].forwards, samples.seconds[-1]
     print(
         f"\n{written} tokens in {forwards} forwards, {written / max(1, forwards):.1f} tokens a forward, "
         f"{written / seconds:,.0f} tokens/s ({seconds:.2f} s; {loaded.path}, step {loaded.step:,})"

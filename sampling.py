@@ -84,10 +84,14 @@ def filter_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 def draw(probs, generator=None):
     """One token a row of probs (N, V), by inverting the distribution function in float64: exact (N,) long."""
+    device = probs.device
+    probs = probs.cpu() if device.type == "mps" else probs  # which has no float64
     cumulative = probs.double().cumsum(1)
     u = torch.rand(len(probs), 1, generator=generator, dtype=torch.float64).to(probs.device)
     token = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True).squeeze(1)
-    return torch.minimum(token, (probs > 0).long().cumsum(1).argmax(1))  # u rounded up to 1: the last possible token
+    return torch.minimum(token, (probs > 0).long().cumsum(1).argmax(1)).to(
+        device
+    )  # u rounded up to 1: the last possible token
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -113,8 +117,8 @@ def denoise(
     A row with n open positions gets its share of n / steps positions a step, or, with fewer than `steps` open
     positions, one a step. Positions are chosen by the undisturbed probabilities, tokens are drawn with temperature
     (0 takes the likeliest), top_k and top_p. forbid: ids that are never drawn. lengths (B,): rows are right-padded.
-    generator: a CPU generator. Raises ValueError for a wrong setting and FloatingPointError for logits that are not
-    finite.
+    generator: a CPU generator. As this is a generator function, errors come with the first step that is asked for:
+    ValueError for a wrong setting, FloatingPointError for logits that are not finite.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
@@ -141,7 +145,9 @@ def denoise(
         if not torch.isfinite(logits).all():
             raise FloatingPointError(f"the model's logits are not finite at step {i + 1}; the checkpoint is broken")
         if len(forbid):
-            logits[:, list(forbid)] = -math.inf
+            logits = logits.index_fill(
+                1, torch.tensor(forbid, device=device), -math.inf
+            )  # not in the model's own tensor
         probs = logits.softmax(1)
 
         score = torch.full((B * T,), -math.inf, device=device)

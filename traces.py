@@ -114,11 +114,12 @@ class Trace:
         if canvas is not None:
             self._append(listed(canvas), None, 0, 0.0)
 
-    def add(self, step, row=0):
-        tokens, confidence = listed(step.x[row]), listed(step.confidence[row])
-        seconds = round(time.perf_counter() - self.start, 4)
+    def add(self, step, row=0, seconds=None, length=None):
+        """seconds since the start, now by default; length: where the row is right-padded, its own."""
+        tokens, confidence = listed(step.x[row])[:length], listed(step.confidence[row])[:length]
+        seconds = round(time.perf_counter() - self.start if seconds is None else seconds, 4)
         if not self.steps and step.forwards > 0:
-            revealed = listed(step.revealed[row])
+            revealed = listed(step.revealed[row])[:length]
             canvas = [self.mask_id if r else t for t, r in zip(tokens, revealed, strict=True)]
             self._append(canvas, None, 0, 0.0)
         if self.steps and tokens == self.steps[-1]["tokens"] and (step.forwards == 0 or self.mask_id not in tokens):

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node 2 train_diffusion.py --data_dir data/processed
 
 Read `train` from top to bottom: set-up, then the loop: learning rate → evaluate and save → forward, backward → clip,
-step → log. Every random draw is a pure function of (seed, step): a resumed run repeats the uninterrupted one bit for
-bit, and looking at a run (validation, samples) never changes it.
+step → log. Every random draw is a pure function of (seed, step): on a CPU a resumed run repeats the uninterrupted one
+bit for bit (same number of threads), and looking at a run (validation, samples) never changes it.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +31,10 @@ from tqdm import tqdm
 import checkpoint
 import dataset
 import evaluate
+import plot
 import sample_diffusion
 import tokenizer as tokenizers
-from config import PROMPTS, EvaluateConfig, MaskConfig, SampleConfig, TrainConfig, check, parse, run_main
+from config import PROMPTS, EvaluateConfig, MaskConfig, SampleConfig, TrainConfig, check, one_line, parse, run_main
 from machine import peak_memory, pick_device, pick_precision, total_memory
 from optimizer import EMA, make_optimizers
 
@@ -42,6 +44,7 @@ MAY_CHANGE = set(
     "activation_checkpointing wandb keep log_interval eval_interval eval_masks eval_windows sample_interval "
     "sample_steps save_interval".split()
 )
+
 # ---------------------------------------------------------------------------------------------------------------------
 # pieces of the loop
 
@@ -73,7 +76,7 @@ def average_gradients(model, world):
 def start_wandb(run, config):
     import wandb
 
-    mode = "offline"
+    mode = os.environ.get("WANDB_MODE", "offline")
     with contextlib.suppress(OSError):
         if os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists():  # else it would ask and wait
             socket.create_connection(("api.wandb.ai", 443), timeout=2).close()
@@ -116,8 +119,10 @@ def train(kind, mask, sizes, run, quiet=False):
     device = pick_device(run.device, local_rank)
     if run.threads:
         torch.set_num_threads(run.threads)
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():  # the others wait while the first process validates: hours, not minutes
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     say = (lambda *a: None) if quiet or not first else (lambda *a: tqdm.write(" ".join(map(str, a))))
 
     # --- data: x0 comes from train.bin through dataset.batch, nowhere else
@@ -164,7 +169,8 @@ def train(kind, mask, sizes, run, quiet=False):
             optimizer.load_state_dict(saved)
         if ema:
             ema.shadow = {k: v.to(device) for k, v in state["ema"].items()}
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty unless that run was in fp16
+            scaler.load_state_dict(state["scaler"])
         step, best, overflows, seconds = state["step"], state["best"], state["overflows"], state["seconds"]
         say(f"resumed {path} at step {step:,}")
     if first:
@@ -177,9 +183,13 @@ def train(kind, mask, sizes, run, quiet=False):
             parameters=sum(p.numel() for p in model.parameters()),
         )
         checkpoint.replace(out / "config.json", lambda t: t.write_text(json.dumps(config | facts, indent=1) + "\n"))
-        metrics = open(out / "metrics.jsonl", "a" if run.resume else "w", encoding="utf-8")
-        if metrics.tell() and not (out / "metrics.jsonl").read_bytes().endswith(b"\n"):
-            metrics.write("\n")  # a kill tore the last line
+        # what was logged after the checkpoint, or torn by a kill, is about to be logged again
+        kept = (
+            [r for r in plot.read_metrics(out) if r["step"] < step or "loss" in r and r["step"] == step] if step else []
+        )
+        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
+        checkpoint.replace(out / "metrics.jsonl", lambda t: t.write_text(text, encoding="utf-8"))
+        metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")
         board = never_stop(start_wandb, run, config | facts) if run.wandb else None
         say(
             f"{kind}: {facts['parameters']:,} parameters on {device} in {facts['precision']}; "
@@ -214,6 +224,7 @@ def train(kind, mask, sizes, run, quiet=False):
             checkpoint.save(out / name, state)
 
     caught = []  # the first signal; the loop looks at it once a step, so a save is never cut
+
     handlers = {
         s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
     }
@@ -239,7 +250,8 @@ def train(kind, mask, sizes, run, quiet=False):
             judge = last or (run.eval_interval and step % run.eval_interval == 0 and step and not stop)
             show = run.sample_interval and step % run.sample_interval == 0 and step and not stop
             model.eval()
-            with ema.applied(model) if ema and (judge or show) else contextlib.nullcontext(), autocast:
+            weights = ema.applied(model) if ema and (judge or show) else contextlib.nullcontext()
+            with weights, autocast, torch.compiler.set_stance("force_eager"):  # other shapes than in training
                 if judge:
                     start = time.perf_counter()
                     valid = evaluate.evaluate(model, tokenizer, windows, run.eval_masks)
@@ -255,7 +267,7 @@ def train(kind, mask, sizes, run, quiet=False):
                     )
                     say(f"step {step:,}: validation bound {bits:.4f} bits/byte, {nats:.4f} nats/token")
                 if show:
-                    view = checkpoint.Loaded(model, tokenizer, config, step, {}, out)
+                    view = checkpoint.Loaded(model, tokenizer, config, step, kind, out)
                     prompts = [p for p in PROMPTS if len(tokenizer.encode(p)) <= run.seq_len // 2] or [""]
                     cfg = SampleConfig(steps=run.sample_steps, seed=run.seed, max_new_tokens=max(1, run.seq_len // 2))
                     texts = [tokenizer.decode(ids) for ids in sample_diffusion.generate(view, prompts, cfg).texts]
@@ -283,7 +295,8 @@ def train(kind, mask, sizes, run, quiet=False):
             rows = range(i * run.batch_size, (i + 1) * run.batch_size)
             x0 = dataset.batch(data.train, run.seq_len, rows, n_parts * run.batch_size, run.seed, step)  # (B, T)
             with autocast:
-                loss = model.loss(x0, step_mask, generator_for(0, run.seed, step), part=(i, n_parts), starts=starts[x0])
+                masks = generator_for(0, run.seed, step)
+                loss = model.loss(x0, step_mask, masks, part=(i, n_parts), starts=starts[x0])
             scaler.scale(loss / run.grad_accum).backward()
             total += loss.detach() / run.grad_accum
         if world > 1:
@@ -354,7 +367,7 @@ def train(kind, mask, sizes, run, quiet=False):
         say(f"stopped at step {step:,}, saved in {out}; --resume goes on")
         sys.exit(128 + (caught[0] if caught else signal.SIGTERM))
     if first:
-        say(f"done: {step:,} steps in {seconds:,.0f} s of training, best bound {best:.4f} bits/byte, in {out}/best.pt")
+        say(f"done: {step:,} steps in {seconds:,.0f} s of training, best bound {best:.4f} bits/byte, see {out}")
         if run.check:
             evaluate.run(EvaluateConfig(str(out), run.data_dir, device=run.device, check=True))
     if world > 1:
@@ -381,8 +394,10 @@ def plan(kind, mask, sizes, run):
         )
         try:
             train(kind, mask, sizes, short, quiet=True)
-        except (MemoryError, torch.OutOfMemoryError) as e:
-            raise RuntimeError(f"it does not fit: {str(e).splitlines()[0]}; lower --batch_size or --d_model") from e
+        except (MemoryError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and "memory" not in str(e):
+                raise
+            raise RuntimeError(f"it does not fit: {one_line(e)}; lower --batch_size or --d_model") from e
         lines = [json.loads(line) for line in open(f"{folder}/run/metrics.jsonl", encoding="utf-8")]
         size = Path(f"{folder}/run/latest.pt").stat().st_size
     clock = [line["seconds"]["training"] for line in lines if "loss" in line]

@@ -105,13 +105,14 @@ def test_timing_the_parts_leaves_the_loop_as_it_was(tmp_path):
     assert before == [getattr(owner, name) for functions in benchmark.PARTS.values() for owner, name in functions]
 
 
-def test_repeated_documents_are_all_different(tmp_path):
-    (tmp_path / "a.txt").write_text("एक\n\nदो\n", "utf-8")
-    (tmp_path / "b.txt").write_text("तीन", "utf-8")
+def test_repeated_documents_are_all_different(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "LINES", 2)
+    (tmp_path / "a.txt").write_text("एक\n\nएक\nदो\n", "utf-8")
+    (tmp_path / "b.txt").write_text("एक", "utf-8")
     size = benchmark.repeat_text([tmp_path / "a.txt", tmp_path / "b.txt"], tmp_path / "out.txt", 200)
     text = (tmp_path / "out.txt").read_text("utf-8")
     documents = text.strip().split("\n\n")
-    assert documents[:4] == ["0 एक", "0 दो", "0 तीन", "1 एक"] and len(set(documents)) == len(documents)
+    assert documents[:3] == ["0 एक\nएक", "1 दो\nएक", "2 एक\nएक"] and len(set(documents)) == len(documents)
     assert 200 <= size == len(text.encode()) < 220
 
 
@@ -138,7 +139,7 @@ def test_prepare_refuses_memory_that_grows(tmp_path, capsys, monkeypatch, peaks,
     assert figures["memory_ratio"] == peaks[1] / peaks[0] and figures["margin"] == 1.25
     assert [row["peak_bytes"] for row in figures["rows"]] == list(peaks)
     small, large = (row["bytes"] for row in figures["rows"])
-    assert small == pytest.approx(1e5, rel=0.02) and large == pytest.approx(1e6, rel=0.02)
+    assert 1e5 <= small < 1e5 + 8000 and 1e6 <= large < 1e6 + 8000  # to the next end of a document
     assert figures["rows"][1]["megabytes_a_second"] == pytest.approx(large / 2e6)
 
 

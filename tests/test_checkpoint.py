@@ -426,7 +426,10 @@ def test_every_kind_stops_resumes_and_loads(data, tmp_path, kind):
     train(data, tmp_path / "two", "--resume", kind=kind)
     assert not same_run(tmp_path / "one", tmp_path / "two")
     loaded = checkpoint.load(tmp_path / "one" / "latest.pt", ema=False)
-    assert not difference(dict(loaded.denoiser.state_dict()), dict(loaded.state["model"])) and loaded.step == 12
+    assert (
+        not difference(dict(loaded.denoiser.state_dict()), dict(checkpoint.read(loaded.path)["model"]))
+        and loaded.step == 12
+    )
 
 
 def test_a_resumed_run_refuses_another_configuration(copy, command, data, trained):
