@@ -37,7 +37,7 @@ def test_help_explains_every_flag(command, script):
     assert result.code == 0 and not result.err
     text = re.sub(r"\s+", " ", result.out)
     for f in (f for cls in SCRIPTS[script] for f in dataclasses.fields(cls) if f.metadata["flag"]):
-        assert f"--{f.name}" in text and len(f.metadata["help"]) >= 5, f.name
+        assert (f"--{f.name}" in text or f"--no_{f.name}" in text) and len(f.metadata["help"]) >= 5, f.name
         assert re.sub(r"\s+", " ", f"{f.metadata['help']} (default: ") in text, f.name
 
 
@@ -104,7 +104,7 @@ def test_a_prompt_is_continued(sample, forwards, strategy):
     """The prompt stands, as many forwards happen as are printed, and the same seed writes the same."""
     argv = ["--prompt", "राम बाज़ार", "--max_new_tokens", 12, "--steps", 5, "--strategy", strategy]
     result = sample(*argv)
-    assert result.code == 0 and len(result.err.splitlines()) == 1 and "step 12" in result.err
+    assert result.code == 0 and not result.err and "step 12" in result.out
     text, tokens, n = counted(result)
     assert text.startswith("राम बाज़ार") and len(text) > 10 and tokens <= 12 and n == len(forwards)
     assert n == 5 or strategy == "threshold" and 1 <= n <= 5
@@ -278,7 +278,7 @@ def test_without_a_name_the_newest_run_is_taken(command, trained, tmp_path, monk
     assert result.code == 2 and "checkpoints" in result.error()
     shutil.copytree(trained, tmp_path / "checkpoints" / "mine")
     result = command("sample_diffusion", "--max_new_tokens", 2)
-    assert result.code == 0 and "checkpoints/mine/best.pt" in result.err
+    assert result.code == 0 and "checkpoints/mine/best.pt" in result.out
 
 
 def test_a_reader_beside_a_trainer(trained, tmp_path, monkeypatch):
@@ -313,7 +313,7 @@ def test_closed_pipe_and_foreign_encoding(run, trained):
     result = run("sample_diffusion", *argv, before=ascii_only)
     assert result.code == 0 and result.out.startswith("???")
     result = run("sample_diffusion", *argv, before=closed_output)
-    assert result.code == 141 and len(result.err.splitlines()) == 1 and "step 12" in result.err
+    assert result.code == 141 and not result.err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ SCHEDULES = list(itertools.product(("linear", "cosine"), ("continuous", "discret
 
 
 def cfg(schedule="linear", mode="continuous", sampling="stratified", **rest):
-    return MaskConfig(mask_schedule=schedule, time_mode=mode, timestep_sampling=sampling, **rest)
+    return MaskConfig(
+        mask_schedule=schedule, time_mode=mode, timestep_sampling=sampling, **{"loss_weight": "elbo"} | rest
+    )
 
 
 def within(estimate, expected, error, sigmas=4):

@@ -80,7 +80,7 @@ def test_fp16_overflows_are_left_out_and_twenty_in_a_row_end_the_run(run, data, 
     argv = flags(data, tmp_path / "three", *fp16)
     assert run("train_diffusion", *argv, before=functools.partial(poison, "gradient", 5, 7)).code == 0
     norms = [m["grad_norm"] for m in metrics(tmp_path / "three") if "loss" in m]
-    assert [n for n, norm in enumerate(norms) if not math.isfinite(norm)] == [5, 6, 7] and len(norms) == 30
+    assert [n for n, norm in enumerate(norms) if norm is None] == [5, 6, 7] and len(norms) == 30
     assert checkpoint.read(tmp_path / "three" / "latest.pt")["scaler"]["scale"] == 2**16 / 8
 
     argv = flags(data, tmp_path / "many", *fp16)
@@ -139,7 +139,7 @@ def test_out_of_memory_ends_the_run(run, data, tmp_path):
     result = run(
         "train_diffusion", *argv, before=functools.partial(resource.setrlimit, resource.RLIMIT_AS, (1 << 34,) * 2)
     )
-    assert result.code == 1 and "memory" in result.error() and not (tmp_path / "large").exists()
+    assert result.code == 1 and "memory" in result.error() and not list((tmp_path / "large").glob("*.pt"))
 
 
 def test_a_validation_of_nan_is_never_the_best(data, tmp_path, monkeypatch, command):
@@ -157,7 +157,7 @@ def test_a_validation_of_nan_is_never_the_best(data, tmp_path, monkeypatch, comm
     best = checkpoint.read(tmp_path / "run" / "best.pt")
     assert best["step"] == 8 and math.isfinite(best["best"])
     assert checkpoint.read(tmp_path / "run" / "latest.pt")["best"] == best["best"]
-    assert [math.isnan(m["bits_per_byte"]) for m in metrics(tmp_path / "run") if "bits_per_byte" in m] == [
+    assert [m["bits_per_byte"] is None for m in metrics(tmp_path / "run") if "bits_per_byte" in m] == [
         True,
         False,
         True,
@@ -326,8 +326,9 @@ def test_a_torn_line_of_metrics_costs_no_record(trained, data, tmp_path):
         f.write('{"step": 9, "lo')
     train(data, tmp_path / "run", "--max_steps", 10, "--resume")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()
-    good = [json.loads(line) for line in lines if line != '{"step": 9, "lo']
-    assert len(good) == len(lines) - 1 and {9, 10} <= {m["step"] for m in good if "loss" in m}
+    good = [json.loads(line) for line in lines]
+    steps = [m["step"] for m in good if "loss" in m]
+    assert {9, 10} <= set(steps) and len(steps) == len(set(steps))
 
 
 def without_git():
