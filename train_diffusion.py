@@ -184,9 +184,8 @@ def train(kind, mask, sizes, run, quiet=False):
         )
         checkpoint.replace(out / "config.json", lambda t: t.write_text(json.dumps(config | facts, indent=1) + "\n"))
         # what was logged after the checkpoint, or torn by a kill, is about to be logged again
-        kept = (
-            [r for r in plot.read_metrics(out) if r["step"] < step or "loss" in r and r["step"] == step] if step else []
-        )
+        old = plot.read_metrics(out) if step and (out / "metrics.jsonl").exists() else []
+        kept = [r for r in old if r["step"] < step or (r["step"] == step and "loss" in r)]
         text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept)
         checkpoint.replace(out / "metrics.jsonl", lambda t: t.write_text(text, encoding="utf-8"))
         metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")

@@ -114,8 +114,8 @@ class Result:
     err: str
 
     def error(self):
-        """The one line of a refusal; asserts that there is nothing else but warnings and which checkpoint was read."""
-        lines = [x for x in self.err.splitlines() if not re.search(r"^$|^warning: |\.pt, step [\d,]+$", x)]
+        """The one line of a refusal; asserts that there is nothing else but warnings."""
+        lines = [x for x in self.err.splitlines() if not re.search(r"^$|^warning: ", x)]
         assert len(lines) == 1 and lines[0].startswith("error: "), self.err
         return lines[0]
 
