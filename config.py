@@ -197,7 +197,7 @@ class SampleConfig:
     tokenizer: str = knob("", "tokenizer.model to insist on; the checkpoint carries its own")
     prompt: str = knob(
         "",
-        "text to continue; ___ is a blank of free length, up to 8 tokens, ___5___ one of five tokens; several "
+        "text to continue; ___ is a blank of 1 to 8 tokens (fewer if there are many), ___5___ one of five; several "
         "prompts are separated by ||; empty writes freely",
     )
     max_new_tokens: int = knob(64, "tokens to write after the prompt; a prompt with blanks gets none")

@@ -146,7 +146,7 @@ class Denoiser(nn.Module):
         return F.linear(self.norm(h), self.embed.weight[: self.mask_id])  # tied head, without MASK's row
 
     def loss(self, x0, cfg, generator=None, **kwargs):
-        """What the training loop minimises; see diffusion.training_loss."""
+        """What the training loop minimises; it also passes `part` and `starts`, see diffusion.training_loss."""
         return diffusion.training_loss(self, x0, cfg, generator, **kwargs)
 
     def flops(self, T, hidden):

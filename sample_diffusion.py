@@ -6,6 +6,7 @@
 Counted are the tokens that are shown and were not given; forwards are passes through the model, of the whole batch.
 """
 
+import itertools
 import re
 import shutil
 import sys
@@ -21,7 +22,8 @@ from config import SampleConfig, check, parse, run_main
 from machine import pick_device
 
 BLANK = re.compile(r"_{3,}(?:(\d+)_{3,})?")
-FREE_LENGTHS = range(1, 9)  # tokens tried for a blank of free length
+LONGEST_BLANK = 8  # tokens of a blank of free length, at most
+CANVASES = 64  # lengths of all free blanks tried together, at most
 
 
 def canvases(prompt, tokenizer, mask_id, max_new_tokens, limit):
@@ -39,12 +41,15 @@ def canvases(prompt, tokenizer, mask_id, max_new_tokens, limit):
         ]
         lengths = [int(n) if n else None for n in pieces[1::2]]
         check(all(n != 0 for n in lengths), "a blank of 0 tokens holds nothing; use 1 or more")
+        m = lengths.count(None)  # with many free blanks fewer lengths each: CANVASES ** (1 / m)
+        most = next(n for n in range(LONGEST_BLANK, 0, -1) if n**m <= CANVASES)
         rows = []
-        for free in FREE_LENGTHS if None in lengths else [0]:
-            row = list(texts[0])
+        for free in itertools.product(range(1, most + 1), repeat=m):
+            row, free = list(texts[0]), iter(free)
             for n, text in zip(lengths, texts[1:], strict=True):
-                row += [mask_id] * (n or free) + text
+                row += [mask_id] * (n or next(free)) + text
             rows.append(row)
+        rows = [row for row in rows if len(row) <= limit] or [min(rows, key=len)]
     longest = max(map(len, rows))
     check(
         longest <= limit,
