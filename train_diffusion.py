@@ -377,7 +377,7 @@ def train(kind, mask, sizes, run, quiet=False):
 def plan(kind, mask, sizes, run):
     """Run a few real steps in a temporary folder and print what the whole run will take here."""
     check(os.environ.get("WORLD_SIZE", "1") == "1", "--plan measures one process; leave torchrun out")
-    probe = 6
+    probe = 4
     with tempfile.TemporaryDirectory() as folder:
         short = dataclasses.replace(
             run,
