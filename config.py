@@ -137,7 +137,7 @@ class TrainConfig:
     grad_accum: int = knob(8, "forwards an optimizer step, per process")
     max_steps: int = knob(5000, "optimizer steps")
     optimizer: str = knob("muon", "muon: the blocks' matrices by Muon, the rest by AdamW", ("muon", "adamw"))
-    lr: float = knob(4e-3, "peak learning rate, in AdamW's units for Muon too")
+    lr: float = knob(4e-3, "peak learning rate, in AdamW's units for Muon too; with adamw alone take about 7e-4")
     weight_decay: float = knob(0.1, "decoupled, on matrices only: never on norms, biases or embeddings")
     beta2: float = knob(0.95, "AdamW's second moment decay")
     warmup: float = knob(0.02, "share of the steps in which the learning rate rises")
