@@ -145,9 +145,8 @@ def denoise(
         if not torch.isfinite(logits).all():
             raise FloatingPointError(f"the model's logits are not finite at step {i + 1}; the checkpoint is broken")
         if len(forbid):
-            logits = logits.index_fill(
-                1, torch.tensor(forbid, device=device), -math.inf
-            )  # not in the model's own tensor
+            never = torch.tensor(forbid, device=device)
+            logits = logits.index_fill(1, never, -math.inf)  # a copy: the tensor may be the model's own
         probs = logits.softmax(1)
 
         score = torch.full((B * T,), -math.inf, device=device)

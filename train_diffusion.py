@@ -223,7 +223,6 @@ def train(kind, mask, sizes, run, quiet=False):
             checkpoint.save(out / name, state)
 
     caught = []  # the first signal; the loop looks at it once a step, so a save is never cut
-
     handlers = {
         s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)
     }
@@ -283,8 +282,8 @@ def train(kind, mask, sizes, run, quiet=False):
         if last or stop:
             break
 
-        clock = time.perf_counter()  # training alone: without validation, samples and saving
         # --- forward, backward: each part of the step brings its rows and its slice of the masks
+        clock = time.perf_counter()  # training alone: without validation, samples and saving
         torch.manual_seed(generator_for(1, run.seed, step).initial_seed() + rank)  # dropout
         when = ("elbo" if step >= run.max_steps * (1 - run.decay) else "low_var") if mask.loss_weight == "mix" else None
         step_mask = dataclasses.replace(mask, loss_weight=when) if when else mask
