@@ -21,10 +21,14 @@ from typing import Any
 import torch
 
 import tokenizer as tokenizers
-from config import TransformerConfig, one_line
+from config import EcoHybridConfig, TransformerConfig, one_line
+from eco_hybrid import EcoHybrid
 from model import Denoiser, Transformer
 
-MODELS = {"transformer": (TransformerConfig, Transformer)}  # kind -> (config class, model class)
+MODELS = {  # kind -> (config class, model class)
+    "transformer": (TransformerConfig, Transformer),
+    "eco_hybrid": (EcoHybridConfig, EcoHybrid),
+}
 
 
 @dataclasses.dataclass

@@ -113,6 +113,7 @@ class TransformerConfig:
     n_heads: int = knob(8, "attention heads")
     d_ff: int = knob(1024, "inner width of the SwiGLU")
     dropout: float = knob(0.0, "dropout on each residual branch; 0 is off")
+    window: int = knob(0, "attention reaches half of this many tokens to each side, in every third layer all; 0: all")
 
     def __post_init__(self):
         check(
@@ -121,6 +122,26 @@ class TransformerConfig:
         )
         check(min(self.d_model, self.n_layers, self.n_heads, self.d_ff) >= 1, "the model's sizes must be 1 or more")
         check(0 <= self.dropout < 1, f"--dropout is {self.dropout}, needs 0 <= dropout < 1")
+        check(self.window >= 0 and self.window % 2 == 0, f"--window is {self.window}, needs to be 0 or even")
+
+
+@dataclass
+class EcoHybridConfig(TransformerConfig):
+    """d_ff is that of the Transformer that has as many parameters: the SwiGLUs here get the width that matches it."""
+
+    memory_slots: int = knob(32, "slots of the memory, anchored along the longest window")
+    conv_kernel: int = knob(7, "positions that the local convolution reads, odd")
+    attn_every: int = knob(4, "every n-th layer is a Transformer block with full attention; 0: none is")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(self.window == 0, f"--window is {self.window}: EcoHybrid has its convolution, windows are train_diffusion's")
+        check(self.memory_slots >= 1, f"--memory_slots is {self.memory_slots}, needs to be 1 or more")
+        check(
+            self.conv_kernel >= 1 and self.conv_kernel % 2 == 1,
+            f"--conv_kernel is {self.conv_kernel}, needs to be odd and 1 or more",
+        )
+        check(self.attn_every >= 0, f"--attn_every is {self.attn_every}, needs to be 0 or more")
 
 
 @dataclass
@@ -211,6 +232,7 @@ class SampleConfig:
     top_k: int = knob(0, "draw from the k likeliest tokens; 0 is off")
     top_p: float = knob(1.0, "draw from the fewest tokens that hold this much probability; 1 is off")
     threshold: float = knob(0.9, "strategy threshold decides every position surer than this, and at least its quota")
+    confidence_stop: float = knob(0.0, "finish a row early once all its open positions are surer than this; 0 is off")
     num_samples: int = knob(1, "samples a prompt, drawn in one batch")
     seed: int = knob(1337, "same seed, same text")
     live: bool = knob(True, "show the text appear when standard output is a terminal")
@@ -225,6 +247,7 @@ class SampleConfig:
         check(self.top_k >= 0, f"--top_k is {self.top_k}, needs to be 0 or more")
         check(0 < self.top_p <= 1, f"--top_p is {self.top_p}, needs 0 < top_p <= 1")
         check(0 <= self.threshold <= 1, f"--threshold is {self.threshold}, needs 0 <= threshold <= 1")
+        check(0 <= self.confidence_stop <= 1, f"--confidence_stop is {self.confidence_stop}, needs to be from 0 to 1")
         check(self.max_new_tokens >= 0, f"--max_new_tokens is {self.max_new_tokens}, needs to be 0 or more")
         check(self.num_samples >= 1, f"--num_samples is {self.num_samples}, needs to be 1 or more")
 
@@ -252,8 +275,11 @@ class EvaluateConfig:
 @dataclass
 class BenchmarkConfig:
     output: str = knob("", "where the figures go; empty is checkpoints/benchmark_NAME.json")
-    repeats: int = knob(5, "train: how often the two loops take turns; medians are reported")
-    vocab_size: int = knob(8192, "train: real tokens of the random text; prepare: as prepare.py's flag")
+    repeats: int = knob(5, "train, length: how often what is compared takes turns; medians are reported")
+    vocab_size: int = knob(
+        8192, "train: real tokens of the random text; length takes 1024; prepare: as prepare.py's flag"
+    )
+    lengths: str = knob("128,256,512,1024,2048,4096,8192", "length: tokens a window, comma-separated")
     input: str = knob("", "prepare: text whose lines are repeated in new documents; empty takes the novel Devdas")
     megabytes: float = knob(40.0, "prepare: size of the smaller corpus; from 40 on the tokenizer's sample is full")
     growth: int = knob(10, "prepare: how many times larger the other corpus is")
@@ -261,7 +287,47 @@ class BenchmarkConfig:
     def __post_init__(self):
         for name in ("repeats", "megabytes", "growth"):
             check(getattr(self, name) > 0, f"--{name} is {getattr(self, name)}, needs to be positive")
+        lengths = self.lengths.split(",")
+        check(
+            all(n.strip().isdecimal() and int(n) > 1 for n in lengths),
+            f"--lengths is {self.lengths!r}, needs numbers from 2 on between commas",
+        )
         check(self.vocab_size >= 260, f"--vocab_size is {self.vocab_size}, the bytes and special tokens need 260")
+
+
+@dataclass
+class ColabConfig:
+    data_dir: str = knob("", "folder written by prepare.py; empty prepares the novel Devdas, or --dataset")
+    dataset: str = knob("", "a data set of the hub by name, prepared first (needs the hub extra)")
+    dataset_config: str = knob("", "configuration of the data set, such as 20231101.hi")
+    text_field: str = knob("text", "field of the data set that holds the text")
+    output_dir: str = knob("checkpoints/colab_eco", "run folder; report.json goes there too")
+    size: str = knob(
+        "auto",
+        "preset of the trainer; auto: tiny on a CPU or for a text below a million tokens, else laptop",
+        ("auto", "tiny", "laptop", "base"),
+    )
+    seq_len: int = knob(0, "tokens a window; 0 goes by the device's memory, and so do the next two")
+    batch_size: int = knob(0, "windows a forward; 0 is as many as fit")
+    grad_accum: int = knob(0, "forwards an optimizer step; 0 is what the preset's tokens a step leave")
+    max_steps: int = knob(500, "optimizer steps")
+    save_interval: int = knob(100, "steps between checkpoints, at most max_steps")
+    log_interval: int = knob(10, "steps between log lines")
+    compile: bool = knob(False, "torch.compile the model; pays off after some minutes")
+    resume: bool = knob(False, "go on with an interrupted run, if there is one")
+    allow_cpu: bool = knob(False, "train on a CPU where there is no GPU, at a small size: minutes")
+
+    def __post_init__(self):
+        check(not (self.data_dir and self.dataset), "--data_dir and --dataset exclude each other")
+        for name in ("max_steps", "save_interval", "log_interval"):
+            check(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}, needs to be 1 or more")
+        for name in ("batch_size", "grad_accum"):
+            check(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, needs to be 0 or more")
+        least = 64 + max(len(prompt.encode()) for prompt in PROMPTS) + 1  # 64 new tokens behind a prompt in bytes
+        check(
+            self.seq_len == 0 or self.seq_len >= least,
+            f"--seq_len is {self.seq_len}, needs to be {least} or more, so that the prompts of the check fit",
+        )
 
 
 PROMPTS = ("मुझे एक अच्छी कहानी सुनाओ", "भारत में आज मौसम", "mai kal bazaar gaya tha aur", "yaar mujhe samajh nahi aa raha")

@@ -4,7 +4,8 @@
     logits = denoiser(x_t, where)    where (N,) flat indices into B·T; logits (N, V) at those positions only
 
 There is no time argument: the time is the hidden fraction, which x_t shows. MASK has a row in the embedding and no
-column in the head, so that it cannot be predicted. A new model subclasses Denoiser and overrides `trunk`.
+column in the head, so that it cannot be predicted. A new model subclasses Denoiser, puts its layers into `blocks` and
+overrides `trunk`.
 Shapes: B rows, T tokens, C width, H heads, D head width, V real tokens. Nothing here names a device or a precision.
 """
 
@@ -43,17 +44,40 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
+def near_attention(q, k, v, reach, inside=None):
+    """Attention to the positions at most `reach` away, at a cost linear in T: q, k, v (B, H, T, D) -> (B, H, T, D).
+
+    N blocks of `reach` queries each meet 3 · reach keys: their own block and its two neighbours.
+    inside (B, 1, 1, T) bool: keys that may be seen.
+    """
+    B, _, T, _ = q.shape
+    rest = -T % reach  # the last block is filled up
+    q = F.pad(q, (0, 0, 0, rest)).unflatten(2, (-1, reach))  # (B, H, N, reach, D)
+    k, v = (F.pad(x, (0, 0, reach, reach + rest)).unfold(2, 3 * reach, reach).mT for x in (k, v))
+    if inside is None:
+        inside = torch.ones(B, 1, 1, T, dtype=torch.bool, device=q.device)
+    inside = F.pad(inside[:, 0], (reach, reach + rest)).unfold(2, 3 * reach, reach)  # (B, 1, N, 3 · reach)
+    at = torch.arange(-reach, 2 * reach, device=q.device)
+    offset = at - at[reach : 2 * reach, None]  # (reach, 3 · reach) of a key from a query
+    attend = (offset.abs() <= reach) & (inside[..., None, :] | (offset == 0))  # all see themselves: no empty softmax
+    q, k, v, attend = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v, attend))  # (B·N, H or 1, ...): fused kernels
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)  # (B·N, H, reach, D)
+    return y.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :T]
+
+
 class Attention(nn.Module):
     """Every position sees every other one: rotary positions, RMSNorm on queries and keys (arXiv 2302.05442).
 
     Queries and keys have a bias, and head h begins with a preference for one relative position: -1, 1, -2, 2, ...
     All MASKs look alike, so without a constant part in q and k the rotary angles could not tell neighbours apart, and
     training would stall at the unigram level for some hundred steps (docs/experiments.md).
+    With a window a position sees no further than window / 2 tokens to each side (arXiv 2004.05150).
     """
 
-    def __init__(self, config):
+    def __init__(self, config, window=0):
         super().__init__()
         C, self.n_heads, self.max_seq_len = config.d_model, config.n_heads, config.max_seq_len
+        self.reach = window // 2  # 0: all
         self.qkv = nn.Linear(C, 3 * C)
         self.qkv.weight.pieces = 3  # Muon treats them as three matrices
         self.out = nn.Linear(C, C, bias=False)
@@ -75,18 +99,26 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
         q, k = rotate(self.norm_q(q), cos, sin), rotate(self.norm_k(k), cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)  # (B, H, T, D)
+        if 0 < self.reach < T - 1:
+            y = near_attention(q, k, v, self.reach, attend)  # (B, H, T, D)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+    def pairs(self, T):
+        """Pairs of a query and a key that are needed. near_attention computes half as many again, more at small T."""
+        reach = min(self.reach or T, T - 1)
+        return T * (2 * reach + 1) - reach * (reach + 1)
 
 
 class SwiGLU(nn.Module):
     """(silu(x W_gate) · x W_up) W_down (arXiv 2002.05202)."""
 
-    def __init__(self, config):
+    def __init__(self, width, inner):
         super().__init__()
-        self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
+        self.gate_up = nn.Linear(width, 2 * inner, bias=False)
         self.gate_up.weight.pieces = 2
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
 
     def forward(self, x):
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -94,15 +126,20 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, window=0):
         super().__init__()
-        self.norm_attention, self.attention = RMSNorm(config.d_model), Attention(config)
-        self.norm_ff, self.ff = RMSNorm(config.d_model), SwiGLU(config)
+        self.norm_attention, self.attention = RMSNorm(config.d_model), Attention(config, window)
+        self.norm_ff, self.ff = RMSNorm(config.d_model), SwiGLU(config.d_model, config.d_ff)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin, attend):
         x = x + self.dropout(self.attention(self.norm_attention(x), cos, sin, attend))
         return x + self.dropout(self.ff(self.norm_ff(x)))
+
+    def flops(self, T):
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2)
+        scores = 2 * self.attention.pairs(T) * self.ff.down.out_features  # and their products with the values
+        return 2 * (T * matrices + scores)
 
 
 class Denoiser(nn.Module):
@@ -149,15 +186,24 @@ class Denoiser(nn.Module):
         """What the training loop minimises; it also passes `part` and `starts`, see diffusion.training_loss."""
         return diffusion.training_loss(self, x0, cfg, generator, **kwargs)
 
+    def run(self, block, *inputs):
+        """block(*inputs), computed once more in the backward pass where memory is to be saved."""
+        if self.activation_checkpointing and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
     def flops(self, T, hidden):
         """Multiply-adds that a forward pass of one window needs, times two; the head counts at `hidden` positions."""
-        raise NotImplementedError
+        head = 2 * hidden * self.config.d_model * self.config.vocab_size
+        return sum(block.flops(T) for block in self.blocks) + head
 
 
 class Transformer(Denoiser):
     def __init__(self, config):
         super().__init__(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        # local layers, and a full one every third: the baseline that efficient attention must beat (arXiv 2112.07210)
+        windows = (0 if i % 3 == 2 else config.window for i in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, window) for window in windows)
         cos, sin = rotary_table(config.max_seq_len, config.d_model // config.n_heads)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -172,14 +218,5 @@ class Transformer(Denoiser):
             attend = (torch.arange(T, device=x_t.device) < lengths[:, None])[:, None, None]
         x = self.embed(x_t)  # (B, T, C)
         for block in self.blocks:
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, self.cos[:T], self.sin[:T], attend, use_reentrant=False)
-            else:
-                x = block(x, self.cos[:T], self.sin[:T], attend)
+            x = self.run(block, x, self.cos[:T], self.sin[:T], attend)
         return x
-
-    def flops(self, T, hidden):
-        c = self.config
-        matrices = 4 * c.d_model**2 + 3 * c.d_model * c.d_ff
-        attention = 2 * T * c.d_model  # scores, and their product with the values
-        return 2 * (c.n_layers * T * (matrices + attention) + hidden * c.d_model * c.vocab_size)

@@ -108,7 +108,8 @@ def generate(loaded, prompts, cfg, on_step=None):
     if any(BLANK.search(prompt) for prompt in prompts):
         never.append(tokenizer.eos_id)  # it has no text: a blank would show fewer tokens than it was given
     start, seconds = time.perf_counter(), []
-    options = {k: getattr(cfg, k) for k in ("strategy", "steps", "temperature", "top_k", "top_p", "threshold")}
+    names = ("strategy", "steps", "temperature", "top_k", "top_p", "threshold", "confidence_stop")
+    options = {k: getattr(cfg, k) for k in names}
     generator = torch.Generator().manual_seed(cfg.seed)
     for step in sampling.denoise(denoiser, x, **options, forbid=never, lengths=lengths, generator=generator):
         log_p += torch.where(step.revealed, step.confidence.clamp(min=1e-9).log(), 0.0)
@@ -163,8 +164,9 @@ def main():
     print("\n\n".join(tokenizer.decode(ids) for ids in samples.texts))
     written, forwards, seconds = sum(samples.written), samples.steps[-1].forwards, samples.seconds[-1]
     print(
-        f"\n{written} tokens in {forwards} forwards, {written / max(1, forwards):.1f} tokens a forward, "
-        f"{written / seconds:,.0f} tokens/s ({seconds:.2f} s; {loaded.path}, step {loaded.step:,})"
+        f"\n{written} tokens in {forwards} forwards of {cfg.steps} steps asked, "
+        f"{written / max(1, forwards):.1f} tokens a forward, {written / seconds:,.0f} tokens/s "
+        f"({seconds:.2f} s; {loaded.path}, step {loaded.step:,})"
     )
     for path, write in ((cfg.html, trace.save_html), (cfg.json, trace.save)):
         if path:

@@ -108,6 +108,7 @@ def denoise(
     top_k=0,
     top_p=1.0,
     threshold=0.9,
+    confidence_stop=0.0,
     forbid=(),
     lengths=None,
     generator=None,
@@ -116,9 +117,10 @@ def denoise(
 
     A row with n open positions gets its share of n / steps positions a step, or, with fewer than `steps` open
     positions, one a step. Positions are chosen by the undisturbed probabilities, tokens are drawn with temperature
-    (0 takes the likeliest), top_k and top_p. forbid: ids that are never drawn. lengths (B,): rows are right-padded.
-    generator: a CPU generator. As this is a generator function, errors come with the first step that is asked for:
-    ValueError for a wrong setting, FloatingPointError for logits that are not finite.
+    (0 takes the likeliest), top_k and top_p. A row whose open positions all have a likeliest token above
+    confidence_stop (0 is off) is finished in that step, under every strategy. forbid: ids that are never drawn.
+    lengths (B,): rows are right-padded. generator: a CPU generator. As this is a generator function, errors come with
+    the first step that is asked for: ValueError for a wrong setting, FloatingPointError for logits that are not finite.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
@@ -128,6 +130,8 @@ def denoise(
         raise ValueError(f"temperature is {temperature}, needs to be 0 or more")
     if not 0 < top_p <= 1 or top_k < 0:
         raise ValueError(f"top_p is {top_p} and top_k {top_k}; they need 0 < top_p <= 1 and top_k >= 0")
+    if not 0 <= confidence_stop <= 1:
+        raise ValueError(f"confidence_stop is {confidence_stop}, needs 0 <= confidence_stop <= 1; 0 is off")
     x = x.clone()
     (B, T), device = x.shape, x.device
     is_open = x == denoiser.mask_id  # (B, T)
@@ -148,6 +152,8 @@ def denoise(
             never = torch.tensor(forbid, device=device)
             logits = logits.index_fill(1, never, -math.inf)  # a copy: the tensor may be the model's own
         probs = logits.softmax(1)
+        sure = torch.ones(B * T, device=device)  # 1 where nothing is open
+        sure[where] = probs.amax(1)
 
         score = torch.full((B * T,), -math.inf, device=device)
         score[where] = STRATEGIES[strategy](probs, where % T, generator)
@@ -155,12 +161,12 @@ def denoise(
         reveal = (order.argsort(1) < quota[:, None]) & is_open  # (B, T)
         if strategy == "threshold":
             reveal |= (score.view(B, T) > threshold) & is_open
+        if confidence_stop > 0:
+            reveal |= (sure.view(B, T).amin(1, keepdim=True) > confidence_stop) & is_open
 
         chosen = reveal.flatten()[where]  # (N,)
         token = draw(filter_probs(logits[chosen], temperature, top_k, top_p), generator)  # (n,)
         x.view(-1)[where[chosen]] = token
-        sure = torch.ones(B * T, device=device)
-        sure[where] = probs.amax(1)
         sure[where[chosen]] = probs[chosen].gather(1, token[:, None]).squeeze(1)
         is_open = is_open & ~reveal
         yield Step(x.clone(), reveal, sure.view(B, T), i + 1)

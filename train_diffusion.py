@@ -417,9 +417,9 @@ def plan(kind, mask, sizes, run):
     )
 
 
-def main(kind="transformer", **defaults):
+def main(kind="transformer", doc=__doc__, **defaults):
     """Command line of a trainer; `defaults` replace those of config.py."""
-    mask, sizes, run = parse(__doc__, MaskConfig, checkpoint.MODELS[kind][0], TrainConfig, **defaults)
+    mask, sizes, run = parse(doc, MaskConfig, checkpoint.MODELS[kind][0], TrainConfig, **defaults)
     (plan if run.plan else train)(kind, mask, sizes, run)
 
 

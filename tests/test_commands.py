@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, hindi, make_data
+from conftest import ROOT, TINY, hindi, make_data, train
+from toys import KINDS
 
 import checkpoint
 import config
@@ -27,6 +29,7 @@ SCRIPTS = {
     "prepare": [config.PrepareConfig],
     "train_diffusion": [config.MaskConfig, config.TransformerConfig, config.TrainConfig],
     "sample_diffusion": [config.SampleConfig],
+    "sample_eco_hybrid": [config.SampleConfig],
     "evaluate": [config.EvaluateConfig],
 }
 
@@ -86,7 +89,8 @@ def sample(command, trained):
 def counted(result):
     """(the samples as text, tokens, forwards) that a run printed."""
     text, numbers = result.out.split("wrote")[0].rsplit("\n\n", 1)
-    tokens, forwards, rate = re.match(r"(\d+) tokens in (\d+) forwards, ([\d.]+) tokens a forward", numbers).groups()
+    line = r"(\d+) tokens in (\d+) forwards of \d+ steps asked, ([\d.]+) tokens a forward"
+    tokens, forwards, rate = re.match(line, numbers).groups()
     assert float(rate) == pytest.approx(int(tokens) / max(1, int(forwards)), abs=0.051)
     return text, int(tokens), int(forwards)
 
@@ -109,6 +113,39 @@ def test_a_prompt_is_continued(sample, forwards, strategy):
     assert text.startswith("राम बाज़ार") and len(text) > 10 and tokens <= 12 and n == len(forwards)
     assert n == 5 or strategy == "threshold" and 1 <= n <= 5
     assert counted(sample(*argv))[0] == text
+
+
+def test_confidence_stop(sample, forwards):
+    """Any token is surer than nothing: one forward, the text of --steps 1. None is surer than 1: no difference."""
+    argv = ["--prompt", "राम", "--max_new_tokens", 12, "--steps"]
+    for asked, stop, others in ((9, 1e-6, [1]), (9, 1, [9]), (9, 0, [9])):
+        forwards.clear()
+        result = sample(*argv, asked, "--confidence_stop", stop)
+        text, _, n = counted(result)
+        assert f" in {n} forwards of {asked} steps asked, " in result.out and n == len(forwards) == others[0]
+        assert text == counted(sample(*argv, *others))[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sample_eco_hybrid_is_sample_diffusion(command, monkeypatch, capsys, trained, data, tmp_path, kind):
+    """The same text, numbers and trace from either name, whatever kind the checkpoint is; and it runs as a script."""
+    if kind != "transformer":
+        train(data, trained := tmp_path / kind, "--max_steps", 1, kind=kind)
+    outputs = []
+    flags = "--num_samples 2 --steps 5 --strategy margin --temperature 1.1 --top_k 50 --top_p 0.95 --seed 3"
+    argv = ["--ckpt", trained / "latest.pt", "--prompt", "राम ___2___ में||सीता", "--max_new_tokens", 9, *flags.split()]
+    for script in ("sample_diffusion", "sample_eco_hybrid"):
+        result = command(script, *argv, "--confidence_stop", 0.9, "--json", tmp_path / "a.json")
+        assert result.code == 0 and not result.err
+        trace = json.loads((tmp_path / "a.json").read_text("utf-8"))
+        for step in trace["steps"]:
+            del step["seconds"]
+        outputs.append((counted(result), trace))
+    assert outputs[0] == outputs[1]
+    monkeypatch.setattr(sys, "argv", ["sample_eco_hybrid.py", "--help"])
+    with pytest.raises(SystemExit) as e:
+        runpy.run_path(str(ROOT / "sample_eco_hybrid.py"), run_name="__main__")
+    assert not e.value.code and "usage: sample_eco_hybrid.py" in capsys.readouterr().out
 
 
 def test_seeds_and_temperature(sample):
@@ -211,6 +248,8 @@ REFUSED = {
     "--top_k -1": r"--top_k is -1",
     "--top_p 0": r"--top_p is 0",
     "--threshold 2": r"--threshold is 2",
+    "--confidence_stop 1.5": r"--confidence_stop is 1\.5",
+    "--confidence_stop nan": r"--confidence_stop is nan",
     "--strategy best": r"strategy.*confidence",
     "--max_new_tokens -1": r"--max_new_tokens is -1",
     "--num_samples 0": r"--num_samples is 0",

@@ -1,22 +1,34 @@
-"""Every model of checkpoint.MODELS through the same tests; then the optimizers that move them."""
+"""Every model of checkpoint.MODELS, and their variants, through the same tests; then the optimizers that move them."""
 
 import math
+import re
 
 import pytest
 import torch
+import toys
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from toys import KINDS, build, seeded
+from toys import KINDS, seeded
 
 import checkpoint
-from config import MaskConfig
-from model import rotary_table, rotate
+from config import MaskConfig, TransformerConfig
+from eco_hybrid import EcoBlock
+from model import Attention, rotary_table, rotate
 from optimizer import EMA, Muon, make_optimizers, orthogonalize
 
 V, T = 11, 16  # sizes of toys.build
-each_kind = pytest.mark.parametrize("kind", KINDS)
+VARIANTS = {  # name -> kind, sizes
+    "local": ("transformer", dict(n_layers=3, window=4)),  # two local layers, a full one
+    "hybrid": ("eco_hybrid", dict(attn_every=2)),  # one layer of each sort
+}
+each_kind = pytest.mark.parametrize("kind", [*KINDS, *VARIANTS])
+
+
+def build(kind, **sizes):
+    kind, own = VARIANTS.get(kind, (kind, {}))
+    return toys.build(kind, **own | sizes)
 
 
 def canvas(B=3, seed=0):
@@ -166,18 +178,24 @@ def test_activation_checkpointing_changes_nothing(kind):
 @each_kind
 @pytest.mark.parametrize("T, hidden", [(16, 5), (12, 12), (16, 0)])
 def test_flops_are_those_that_run(kind, T, hidden):
-    model = build(kind, d_model=24, n_heads=3)
+    model = build(kind, d_model=24, n_heads=3).requires_grad_(False)
     math_sdpa = sdpa_kernel(SDPBackend.MATH)  # two plain products: the fused kernel of a CPU is not counted
     with FlopCounterMode(display=False) as counter, torch.no_grad(), math_sdpa:
         model(torch.zeros(1, T).long(), torch.arange(hidden))
-    assert counter.get_total_flops() == model.flops(T, hidden)
+    beyond = 0  # what blocks of keys hold beyond the band, twice: scores, and their product with the values
+    for reach in (m.reach for m in model.modules() if isinstance(m, Attention) and 0 < m.reach < T - 1):
+        beyond += 2 * 2 * 24 * (math.ceil(T / reach) * reach * 3 * reach - int(band(T, reach).sum()))
+    convolution = sum(2 * T * m.kernel.numel() for m in model.modules() if isinstance(m, EcoBlock))  # is no product
+    assert counter.get_total_flops() + convolution == model.flops(T, hidden) + beyond
+    assert (beyond > 0) == (kind == "local") and (convolution > 0) == (kind in ("eco_hybrid", "hybrid"))
 
 
 @each_kind
 def test_initial_loss_is_that_of_a_uniform_guess(kind):
+    kind, own = VARIANTS.get(kind, (kind, {}))
     config, model = checkpoint.MODELS[kind]
     torch.manual_seed(0)
-    model = model(config(vocab_size=500, max_seq_len=64, d_model=64, n_layers=3, n_heads=2, d_ff=96))
+    model = model(config(**own | dict(vocab_size=500, max_seq_len=64, d_model=64, n_layers=3, n_heads=2, d_ff=96)))
     x0 = torch.randint(500, (16, 64), generator=seeded())
     assert abs(model.loss(x0, MaskConfig(), seeded()).item() - math.log(500)) < 0.1
 
@@ -200,6 +218,69 @@ def test_compile_is_reached_in_one_graph(kind):
         losses = [m.loss(x0, MaskConfig(), seeded(seed)) for m in (model, plain)]
         close(*losses)
     assert not counters["graph_break"] and len(graphs) <= 2 and len(ran) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# local attention
+
+
+def band(T, reach):
+    at = torch.arange(T)
+    return (at[:, None] - at).abs() <= reach
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "T, window", [(5, 64), (33, 64), (34, 64), (64, 64), (65, 64), (130, 64), (200, 64), (9, 2), (16, 6), (17, 30)]
+)
+def test_local_attention_is_full_attention_under_a_band(T, window, padded):
+    """The same weights under a dense (T, T) mask: equal values, and equal gradients of every weight and input."""
+    attention = toys.build("transformer", d_model=32, n_heads=4, max_seq_len=200, n_layers=1, window=window).blocks[0]
+    attention, x = attention.attention, torch.randn(3, T, 32, generator=seeded()).requires_grad_()
+    cos, sin = rotary_table(T, 8)
+    lengths = torch.tensor([T, T // 2 + 1, 1] if padded else [T, T, T])
+    inside = (torch.arange(T) < lengths[:, None])[:, None, None]  # (B, 1, 1, T)
+    assert attention.reach == window // 2
+    results = []
+    for reach, attend in (
+        (window // 2, inside if padded else None),
+        (0, band(T, window // 2) & (inside | torch.eye(T).bool())),
+    ):
+        attention.reach = reach
+        y = attention(x, cos, sin, attend)
+        if window // 2 >= T - 1:  # full attention: what stands behind a row's length sees only the row, not itself too
+            y = y * inside[:, 0].mT
+        pull = torch.randn(y.shape, generator=seeded(1))
+        results.append((y, *torch.autograd.grad((y * pull).sum(), [x, *attention.parameters()])))
+    for near, dense in zip(*results, strict=True):
+        assert near.isfinite().all()
+        torch.testing.assert_close(near, dense, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_of_twice_the_text_is_full_attention():
+    x = canvas()
+    full = toys.build("transformer")(x)
+    assert torch.equal(toys.build("transformer", window=2 * T)(x), full)
+    assert torch.equal(toys.build("transformer", window=2 * (T - 1))(x), full)
+    assert not torch.allclose(toys.build("transformer", window=2 * (T - 2))(x), full)  # the two ends do not meet
+
+
+def test_which_layers_are_local_and_how_far_they_see():
+    far = toys.build("transformer", n_layers=7, window=4)
+    assert [block.attention.reach for block in far.blocks] == [2, 2, 0, 2, 2, 0, 2]
+    model, seen = toys.build("transformer", n_layers=2, window=4), []
+    model.embed.register_forward_hook(lambda m, args, out: seen.append(out))
+    (g,) = torch.autograd.grad(model(canvas(1))[0, 8].square().sum(), seen)
+    assert g[0].abs().sum(1).nonzero().flatten().tolist() == list(range(4, 13))  # two layers: twice two to each side
+
+
+def test_windows_that_are_refused_and_the_one_of_older_checkpoints():
+    for window in (-2, 1, 7):
+        with pytest.raises(ValueError, match=str(window)):
+            TransformerConfig(window=window)
+    assert TransformerConfig(vocab_size=5, max_seq_len=8).window == 0
+    longer = toys.build("transformer", max_seq_len=4 * T)
+    assert longer.flops(3 * T, 0) == toys.build("transformer").flops(3 * T, 0)  # sizes count, not the limit
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,7 +310,7 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_decay(kind, name):
     assert sorted(owned) == sorted(id(p) for p in model.parameters())
     decays = {id(p) for g in groups for p in g["params"] if g["weight_decay"] > 0}
     for n, p in model.named_parameters():
-        assert (id(p) in decays) == (p.dim() == 2 and "embed" not in n and "norm" not in n), n
+        assert (id(p) in decays) == (p.dim() == 2 and not re.search("embed|norm|slots$|kernel", n)), n
 
 
 @pytest.mark.parametrize("shape, pieces", [((64, 64), 1), ((192, 64), 3), ((64, 256), 1), ((256, 64), 2)])

@@ -184,6 +184,81 @@ def test_threshold_decides_all_that_is_sure_and_finishes_early():
     assert [s.revealed[0].nonzero().flatten().tolist() for s in steps] == [[0, 2, 5], [4], [3], [1]]
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# confidence_stop
+
+
+@pytest.mark.parametrize("stop, shares", [
+    (0.0, [1] * 6), (0.49, [6]), (0.55, [1, 1, 4]), (0.65, [1, 1, 1, 1, 2]), (0.88, [1, 1, 1, 1, 2]), (0.9, [1] * 6),
+    (1.0, [1] * 6)])  # fmt: skip
+def test_confidence_stop_waits_for_the_least_sure(stop, shares):
+    """From the left, the least sure of what is open is 0.5, 0.5, 0.6, 0.6, 0.89, 0.97."""
+    p = torch.tensor([0.95, 0.5, 0.91, 0.6, 0.89, 0.97])
+    toy = Toy(lambda x_t: torch.stack([p, (1 - p) / 2, (1 - p) / 2], 1).log().expand(len(x_t), 6, 3))
+    for temperature in (0, 1.0, 5.0):  # of the tokens, not of the places
+        steps = list(denoise(toy, holes("______"), "left_to_right", 6, temperature, confidence_stop=stop))
+        assert [int(s.revealed.sum()) for s in steps] == shares
+        assert [s.forwards for s in steps] == list(range(1, len(shares) + 1))
+
+
+def test_confidence_stop_means_surer():
+    half, certain, x = toys.fixed(0.0, 0.0, -200.0), toys.fixed(200.0, 0.0, 0.0), holes("____")
+    for toy, stop, forwards in ((half, 0.5, 4), (half, 0.4999, 1), (certain, 1.0, 4), (certain, 0.9999, 1)):
+        assert last(toy, x, steps=4, confidence_stop=stop).forwards == forwards
+
+
+@each_strategy
+def test_confidence_stop_finishes_a_row_whose_open_places_are_all_sure(strategy):
+    """Every row of every step against its own probabilities, place by place; otherwise it does its share."""
+    x, denoiser, stop, early = holes("____________", "0___1_1_____", "_0___1__1__2", "012012012012"), skewed(), 0.5, 0
+    shown, settings = x, dict(strategy=strategy, steps=8, temperature=2.0, threshold=1.0, confidence_stop=stop)
+    for i, s in enumerate(denoise(denoiser, x, **settings, generator=seeded())):
+        probs = denoiser.f(shown).softmax(2).amax(2).tolist()
+        for b in range(4):
+            places = [t for t in range(12) if shown[b, t] == V]
+            wanted = int((x[b] == V).sum())
+            share = max(wanted * (i + 1) // 8 - wanted + len(places), min(1, len(places)))
+            sure = all(probs[b][t] > stop for t in places)
+            early += sure and len(places) > share
+            assert int(s.revealed[b].sum()) == (len(places) if sure else share)
+        assert s.forwards == i + 1 == len(denoiser.seen)
+        shown = s.x
+    assert early >= 2 and (shown < V).all()
+
+
+@pytest.mark.parametrize("strategy", [s for s in STRATEGIES if s != "random"])  # whose noise the rows share
+def test_confidence_stop_is_each_rows_own(strategy):
+    """Step by step a row has in a batch the canvas that it has alone; the batch takes what its slowest row takes."""
+    x = holes("____________", "0___1_1_____", "_0___1__1__2", "01201201201_", "012012012012")
+    settings = dict(strategy=strategy, steps=8, temperature=0, threshold=1.0, confidence_stop=0.5)
+    together, counts = list(denoise(skewed(), x, **settings)), []
+    for b in range(5):
+        alone = list(denoise(skewed(), x[b : b + 1], **settings))
+        counts.append(alone[-1].forwards)
+        for i, s in enumerate(together):
+            assert torch.equal(s.x[b], alone[min(i, len(alone) - 1)].x[0])
+    assert together[-1].forwards == len(together) == max(counts)
+    early = [n < min(8, wanted) for n, wanted in zip(counts, (x == V).sum(1).tolist(), strict=True)]
+    assert any(early) and len(set(counts)) >= 4, counts
+
+
+@each_strategy
+def test_confidence_stop_is_off_by_default(strategy):
+    """Not given, 0, or out of reach: the same bits in every step, and the generator is left in the same state."""
+    runs = []
+    for settings in ({}, dict(confidence_stop=0.0), dict(confidence_stop=1.0)):
+        g = seeded()
+        steps = list(denoise(skewed(), torch.full((4, 12), V), strategy, 7, threshold=1.0, generator=g, **settings))
+        assert steps[-1].forwards == len(steps) == 7
+        runs.append([*(v for s in steps for v in (s.x, s.revealed, s.confidence)), g.get_state()])
+    for run in runs[1:]:
+        assert all(map(torch.equal, run, runs[0]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# edges
+
+
 def test_nothing_to_fill():
     denoiser, x = skewed(), holes("0120", "2222")
     (step,) = denoise(denoiser, x, generator=seeded())
@@ -192,7 +267,8 @@ def test_nothing_to_fill():
 
 @pytest.mark.parametrize("settings", [
     dict(steps=0), dict(steps=-3), dict(temperature=math.nan), dict(temperature=-0.1), dict(temperature=math.inf),
-    dict(top_p=0.0), dict(top_p=1.1), dict(top_p=math.nan), dict(top_k=-1), dict(strategy="nonsense")])  # fmt: skip
+    dict(top_p=0.0), dict(top_p=1.1), dict(top_p=math.nan), dict(top_k=-1), dict(strategy="nonsense"),
+    dict(confidence_stop=-0.1), dict(confidence_stop=1.1), dict(confidence_stop=math.nan)])  # fmt: skip
 def test_wrong_settings(settings):  # S3, S4
     with pytest.raises(ValueError, match=str(next(iter(settings.values())))):
         last(skewed(), holes("____"), **settings)
