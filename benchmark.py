@@ -2,17 +2,20 @@
 
     python benchmark.py train               # the training loop against the plainest correct loop of the same model
     python benchmark.py prepare             # prepare.py: MB/s, and whether its memory grows with the corpus
+    python benchmark.py length              # EcoHybrid against attention as the window grows, and a plot
 
 A speed alone says more of the machine than of the code: what is compared takes turns in one process, and medians count.
 """
 
 import base64
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -35,7 +38,19 @@ import optimizer
 import prepare as preparing
 import tokenizer as tokenizers
 import train_diffusion
-from config import BenchmarkConfig, PrepareConfig, TrainConfig, check, parse, run_main
+from config import (
+    BenchmarkConfig,
+    EcoHybridConfig,
+    PrepareConfig,
+    TrainConfig,
+    TransformerConfig,
+    check,
+    parse,
+    run_main,
+)
+from eco_hybrid import EcoHybrid
+from machine import pick_device, pick_precision
+from model import Transformer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the machine
@@ -285,9 +300,10 @@ def family(pid):
                 yield from family(int(child))
 
 
-def resident(pid):
+def resident(pid, which="VmRSS"):
+    """Bytes in memory now, or with VmHWM the most there ever were; 0 where /proc does not say."""
     with contextlib.suppress(OSError):
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        found = re.search(rf"{which}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
         return int(found[1]) * 1024 if found else 0
     return 0
 
@@ -338,8 +354,253 @@ def prepare(argv):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# length
+#
+# Four models of the same width, depth and number of parameters. The vocabulary is small, because the head costs all of
+# them the same. A batch of short windows holds --seq_len tokens together: a crossover should be one of arithmetic, not
+# of the overhead of small kernels. The sampling step is one window. Attention's operations a token grow with T,
+# EcoHybrid's fall: the derived crossover T* is the first T at which EcoHybrid needs no more of them.
 
-BENCHMARKS = {"train": train, "prepare": prepare}  # each: argv -> its config, its figures, and what failed if it can
+LOCAL = 128  # window of the local baseline
+YOUNG = multiprocessing.get_context("forkserver")  # processes that have imported this file and done nothing else
+YOUNG.set_forkserver_preload(["benchmark"])
+TARGETS = {1024: 2.0, 2048: 3.0, 4096: 5.0}  # of pure EcoHybrid's training pass, on a CPU at the default sizes
+
+
+def rivals(sizes):
+    """name -> (model class, its config); the first is what the others are compared with."""
+    same = {f.name: getattr(sizes, f.name) for f in dataclasses.fields(TransformerConfig) if f.name != "window"}
+    return {
+        "transformer": (Transformer, TransformerConfig(**same)),
+        "local": (Transformer, TransformerConfig(**same, window=LOCAL)),
+        "eco": (EcoHybrid, dataclasses.replace(sizes, attn_every=0)),
+        "hybrid": (EcoHybrid, sizes),
+    }
+
+
+def half_hidden(V, B, T):
+    """x0 (B, T) of random ids, x_t with half of every row hidden, and where (B, T) bool. Always the same."""
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randint(V, (B, T), generator=generator)
+    return x0, *diffusion.corrupt(x0, V, torch.full((B,), T // 2), generator)
+
+
+def training_pass(model, x0, x_t, masked, autocast):
+    """Forward and backward as in training: the head at hidden places alone."""
+    with autocast:
+        nll, _ = diffusion.hidden_nll(model, x_t, masked, x0)
+    nll.mean().backward()
+
+
+@torch.no_grad()
+def sampling_step(model, x_t, where, autocast):
+    with autocast:
+        model(x_t, where)
+
+
+def timed(call, device):
+    wait_for(device)
+    start = time.perf_counter()
+    call()
+    wait_for(device)
+    return time.perf_counter() - start
+
+
+def peak_of(call, device):
+    """Bytes that a call takes at most, beyond what is there before it; on a CPU exact only in a young process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) - before
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = resident(os.getpid())
+    call()
+    return resident(os.getpid(), "VmHWM") - before
+
+
+def training_peak(model_class, config, B, dtype):
+    """Peak bytes of an eager training pass beyond weights and gradients; to be run in a process of its own."""
+    model, device, T = model_class(config), torch.device("cpu"), config.max_seq_len
+    autocast = torch.autocast("cpu", dtype, enabled=dtype is not None)
+    training_pass(model, *half_hidden(config.vocab_size, 1, min(T, 16)), autocast)  # loads libraries, makes gradients
+    return peak_of(lambda: training_pass(model, *half_hidden(config.vocab_size, B, T), autocast), device)
+
+
+def derived_crossover(plain, other, limit=1 << 16):
+    """Smallest T at which other(T) operations are no more than plain(T); None: not up to the limit."""
+    return next((T for T in range(1, limit) if other(T) <= plain(T)), None)
+
+
+def measured_crossover(lengths, speedups):
+    """T from which on no speed-up is below 1, between two lengths by a straight line over log T.
+
+    The smallest length where all are 1 or more (then the crossover may lie lower), None where the last one is not.
+    """
+    below = [i for i, s in enumerate(speedups) if s < 1]
+    if not below or below[-1] == len(lengths) - 1:
+        return None if below else lengths[0]
+    i = below[-1]
+    share = (1 - speedups[i]) / (speedups[i + 1] - speedups[i])
+    return lengths[i] * (lengths[i + 1] / lengths[i]) ** share
+
+
+def measure_length(sizes, T, run, repeats, device, dtype):
+    """One length: name -> its figures."""
+    B, rival = max(1, run.seq_len // T), rivals(dataclasses.replace(sizes, max_seq_len=T))
+    autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
+    torch.compiler.reset()  # there is a limit to how often one function is compiled
+    torch.manual_seed(run.seed)
+    models = {name: model_class(config).to(device) for name, (model_class, config) in rival.items()}
+    batch = half_hidden(sizes.vocab_size, B, T)
+    x_t, masked = (x[:1] for x in batch[1:])
+    x_t, where = x_t.to(device), masked.flatten().nonzero().squeeze(1).to(device)
+    seconds = {name: dict(train=[], sample=[]) for name in models}
+    for i in range(repeats + 1):
+        for name in list(models)[:: -1 if i % 2 else 1]:  # there and back: none is always the first
+            model = models[name]
+            if run.compile and not i:
+                model.compile(dynamic=False, fullgraph=True)
+            model.zero_grad()
+            model.train()
+            seconds[name]["train"].append(timed(lambda m=model: training_pass(m, *batch, autocast), device))
+            model.eval()
+            seconds[name]["sample"].append(timed(lambda m=model: sampling_step(m, x_t, where, autocast), device))
+    cells = {}
+    for name, model in models.items():
+        if device.type == "cuda":
+            model.train()
+            peak = peak_of(lambda m=model: training_pass(m, *batch, autocast), device)
+        else:
+            with concurrent.futures.ProcessPoolExecutor(1, mp_context=YOUNG) as pool:
+                peak = pool.submit(training_peak, *rival[name], B, dtype).result()
+        train, sample = (statistics.median(seconds[name][of][1:]) for of in ("train", "sample"))  # the first warms up
+        operations = model.flops(T, T // 2)
+        cells[name] = dict(
+            train=train, sample=sample, all_train=seconds[name]["train"][1:], all_sample=seconds[name]["sample"][1:],
+            operations=operations, train_rate=3 * B * operations / train, sample_rate=operations / sample,
+            peak_bytes=peak, parameters=sum(p.numel() for p in model.parameters()),
+        )  # fmt: skip
+    plain = cells["transformer"]
+    for cell in cells.values():
+        cell["derived_speedup"] = plain["operations"] / cell["operations"]
+        for of in ("train", "sample"):
+            cell[f"{of}_speedup"] = plain[of] / cell[of]
+    return dict(T=T, B=B, models=cells)
+
+
+def agreement(rows, name, reference):
+    """How far one model's seconds follow its operations: lowest and highest of measured / derived, over all lengths.
+
+    speedup: against the Transformer's. growth: of the seconds of a token since the length `reference`.
+    """
+    cells = [row["models"][name] for row in rows]
+    rate = next(row["models"][name]["train_rate"] for row in rows if row["T"] == reference)
+    quotients = dict(speedup=[cell["train_speedup"] / cell["derived_speedup"] for cell in cells],
+                     growth=[rate / cell["train_rate"] for cell in cells])  # fmt: skip
+    return {of: (min(values), max(values)) for of, values in quotients.items()}
+
+
+def length(argv):
+    cfg, sizes, run = parse(__doc__, BenchmarkConfig, EcoHybridConfig, TrainConfig, argv=argv,
+                            vocab_size=1024, attn_every=3, seq_len=1024)  # fmt: skip
+    check(sizes.attn_every > 0, "--attn_every is 0, the hybrid needs to be one; the pure EcoHybrid is measured anyway")
+    lengths = sorted({int(n) for n in cfg.lengths.split(",")})
+    sizes = dataclasses.replace(sizes, vocab_size=cfg.vocab_size, max_seq_len=lengths[-1])
+    device = pick_device(run.device)
+    dtype = pick_precision(run.amp, device)
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    precision = str(dtype or torch.float32).split(".")[1]
+    facts = machine(device)
+    how = "compiled" if run.compile else "eager"
+    print(f"{facts['device']}, {facts['threads']} threads, {precision}, {how}; {sizes}")
+    print("×: faster than the Transformer; derived ×: by operations; GFLOP/s: of the training pass; MiB: at its peak, "
+          "beyond weights and gradients\n")  # fmt: skip
+    print(f"{'T':>6}{'batch':>6} {'model':<12}{'train ms':>11}{'from, to':>18}{'×':>7}{'derived ×':>10}{'GFLOP/s':>9}"
+          f"{'sample ms':>11}{'×':>7}{'MiB':>8}", flush=True)  # fmt: skip
+    rows = []
+    for T in lengths:
+        row = measure_length(sizes, T, run, cfg.repeats, device, dtype)
+        rows.append(row)
+        for name, c in row["models"].items():
+            spread = f"{1e3 * min(c['all_train']):,.1f}, {1e3 * max(c['all_train']):,.1f}"
+            print(f"{T:>6}{row['B']:>6} {name:<12}{1e3 * c['train']:>11,.1f}{spread:>18}{c['train_speedup']:>7.2f}"
+                  f"{c['derived_speedup']:>10.2f}{c['train_rate'] / 1e9:>9,.1f}{1e3 * c['sample']:>11,.1f}"
+                  f"{c['sample_speedup']:>7.2f}{c['peak_bytes'] / 2**20:>8,.0f}", flush=True)  # fmt: skip
+
+    models = {name: model_class(config) for name, (model_class, config) in rivals(sizes).items()}
+    needed = {name: functools.partial(model.flops, hidden=0) for name, model in models.items()}  # the head cancels out
+    reference = next((row["T"] for row in rows if row["B"] == 1), lengths[-1])
+    crossover, agree = {}, {name: agreement(rows, name, reference) for name in models}
+    print()
+    for name in ("eco", "hybrid"):
+        measured = {of: measured_crossover(lengths, [row["models"][name][f"{of}_speedup"] for row in rows])
+                    for of in ("train", "sample")}  # fmt: skip
+        derived = derived_crossover(needed["transformer"], needed[name])
+        crossover[name] = dict(derived=derived) | measured
+        tell = {of: f"above {lengths[-1]}" if T is None else f"{'at or below ' * (T == lengths[0])}{T:,.0f}"
+                for of, T in measured.items()}  # fmt: skip
+        print(f"{name}: T* derived {derived}, measured {tell['train']} (training) and {tell['sample']} (sampling)")
+    for name, quotients in agree.items():
+        tell = {of: f"{low:.2f} to {high:.2f}" for of, (low, high) in quotients.items()}
+        print(f"{name}: measured / derived: speed-up {tell['speedup']}, growth of its own cost since T = {reference:,} "
+              f"{tell['growth']}")  # fmt: skip
+    targets = []
+    defaults = all(getattr(sizes, n) == getattr(EcoHybridConfig, n) for n in ("d_model", "n_layers", "n_heads", "d_ff"))
+    for row in rows if device.type == "cpu" and defaults else ():
+        if goal := TARGETS.get(row["T"]):
+            reached = row["models"]["eco"]["train_speedup"]
+            targets.append(dict(T=row["T"], goal=goal, reached=reached, met=reached >= goal))
+            print(f"eco at {row['T']:,}: {reached:.2f} × of {goal:.1f} ×, {'met' if reached >= goal else 'missed'}")
+    figures = dict(
+        machine=facts,
+        config=dataclasses.asdict(sizes) | dict(local_window=LOCAL, repeats=cfg.repeats, compile=run.compile,
+                                                tokens_a_batch=run.seq_len, seed=run.seed),
+        precision=precision,
+        rows=rows,
+        crossover=crossover,
+        reference_length=reference,
+        measured_over_derived=agree,
+        targets=targets,
+    )  # fmt: skip
+    return cfg, figures
+
+
+def draw_lengths(figures, path):
+    """The speed-ups over the length: measured as lines, derived dashed, and the derived crossover."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    from matplotlib import pyplot as plt
+
+    rows, T = figures["rows"], [row["T"] for row in figures["rows"]]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for axes, of, title in zip(panels, ("train", "sample"), ("forward and backward", "sampling step"), strict=True):
+        for name in list(rows[0]["models"])[1:]:
+            cells = [row["models"][name] for row in rows]
+            (line,) = axes.plot(T, [c[f"{of}_speedup"] for c in cells], marker="o", markersize=3, label=name)
+            axes.plot(T, [c["derived_speedup"] for c in cells], linestyle="--", linewidth=1, color=line.get_color())
+        axes.axhline(1, color="black", linewidth=0.8)
+        if derived := figures["crossover"]["eco"]["derived"]:
+            axes.axvline(derived, color="grey", linestyle=":", label=f"derived T* = {derived}")
+        axes.set(title=title, xlabel="tokens a window", xscale="log")
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(T, T, minor=False)
+        axes.xaxis.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("times as fast as full attention (dashed: derived)")
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+# each: argv -> its config, its figures, and what failed if it can
+BENCHMARKS = {"train": train, "prepare": prepare, "length": length}
 
 
 def main():
@@ -353,6 +614,9 @@ def main():
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(benchmark=name) | figures, indent=1) + "\n", "utf-8")
     print(f"wrote {path}")
+    if name == "length":
+        draw_lengths(figures, path.with_suffix(".png"))
+        print(f"wrote {path.with_suffix('.png')}")
     if failed and failed[0]:
         raise RuntimeError(failed[0])
 

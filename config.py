@@ -135,7 +135,9 @@ class EcoHybridConfig(TransformerConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check(self.window == 0, f"--window is {self.window}: EcoHybrid has its convolution, windows are train_diffusion's")
+        check(
+            self.window == 0, f"--window is {self.window}: that is for train_diffusion.py, EcoHybrid is local already"
+        )
         check(self.memory_slots >= 1, f"--memory_slots is {self.memory_slots}, needs to be 1 or more")
         check(
             self.conv_kernel >= 1 and self.conv_kernel % 2 == 1,
@@ -254,7 +256,8 @@ class SampleConfig:
 
 @dataclass
 class EvaluateConfig:
-    ckpt: str = knob("", "a .pt file or a run folder; empty takes the newest run under checkpoints/")
+    ckpt: str = knob("", "a .pt file or a run folder, or several with commas; empty is the newest under checkpoints/")
+    against: str = knob("", "as many evaluated run folders with commas: print what --ckpt is better by, pair by pair")
     data_dir: str = knob("", "folder written by prepare.py; empty takes the one the checkpoint was trained on")
     split: str = knob("val", "split to score", ("val", "train"))
     masks: int = knob(16, "stratified masks a window")

@@ -1,10 +1,12 @@
 """Any checkpoint → eval.json: the bound on held-out text, in units that compare across tokenizers.
 
     python evaluate.py --ckpt checkpoints/diffusion_hi/best.pt
+    python evaluate.py --ckpt checkpoints/eco_hybrid_hi --against checkpoints/diffusion_hi   # window by window
 
 Every token of the split is scored, the end of each document too; bytes and characters are those of the scored text.
 """
 
+import dataclasses
 import json
 import math
 import time
@@ -61,6 +63,7 @@ def evaluate(denoiser, tokenizer, windows, masks=16, seed=0, batch_size=32):
     for name, (cost, size) in units.items():
         mean, error = ratio(cost, size)
         result[name] = {"mean": mean, "standard_error": error}
+    result["per_window"] = {"nats": [round(v, 3) for v in total.tolist()], "bytes": n_bytes.long().tolist()}
     which = (hidden * BINS).ceil().long().clamp(1, BINS) - 1  # (windows, masks) bin of k / T
     result["by_hidden_fraction"] = []
     for b in range(BINS):
@@ -78,6 +81,36 @@ def evaluate(denoiser, tokenizer, windows, masks=16, seed=0, batch_size=32):
     return result
 
 
+SAME = ("data_sha256", "split", "masks", "seed", "batch_size", "windows")  # what two eval.json share that can be paired
+
+
+def paired(ours, theirs):
+    """Bits/byte by which `ours` costs more than `theirs` (two eval.json) on the same windows and masks: (mean, SE)."""
+    for key in (*SAME, "per_window"):
+        a, b = (r.get(key) if key != "per_window" else r.get(key, {}).get("bytes") for r in (ours, theirs))
+        check(a == b, f"{ours['checkpoint']} and {theirs['checkpoint']} were not scored alike: {key} {a} and {b}")
+    a, b, n_bytes = (
+        torch.tensor(v, dtype=torch.float64)
+        for v in (ours["per_window"]["nats"], theirs["per_window"]["nats"], ours["per_window"]["bytes"])
+    )
+    return ratio((a - b) / math.log(2), n_bytes)
+
+
+def compare(ours, theirs):
+    """Print the paired differences of two equally long lists of eval.json, one pair a seed, and their mean."""
+    print(f"{'paired difference, bits/byte':<44}{'ours':>8}{'theirs':>8}{'difference':>20}")
+    differences, levels = [], []
+    for a, b in zip(ours, theirs, strict=True):
+        mean, error = paired(a, b)
+        levels.append(b["bits_per_byte"]["mean"])
+        differences.append(mean)
+        name = f"{Path(a['checkpoint']).parent.name} - {Path(b['checkpoint']).parent.name}"
+        print(f"{name:<44}{a['bits_per_byte']['mean']:>8.4f}{levels[-1]:>8.4f}{f'{mean:+.4f} ± {error:.4f}':>20}")
+    n, d = len(differences), torch.tensor(differences, dtype=torch.float64)
+    spread = f" ± {float(d.std() / n**0.5):.4f} over {n} pairs" if n > 1 else ""
+    print(f"mean {float(d.mean()):+.4f}{spread}, {float(d.mean()) / (sum(levels) / n):+.2%}")
+
+
 def counting(train, windows, tokenizer):
     """Bits per byte that unigram and bigram models, fitted on `train` (tokens,), cost on the windows: a dict."""
     scored, V = torch.cat(windows).numpy(), tokenizer.vocab_size
@@ -87,7 +120,7 @@ def counting(train, windows, tokenizer):
 
 
 def run(cfg):
-    """Score a checkpoint, print the figures and write eval.json. cfg: a config.EvaluateConfig.
+    """Score a checkpoint, print the figures and write eval.json, whose content is returned. cfg: EvaluateConfig.
 
     Raises FloatingPointError if the bound is not finite, and RuntimeError if cfg.check is on and it is not well below
     what a unigram model costs.
@@ -119,6 +152,7 @@ def run(cfg):
         "data_sha256": data.hash,
         "ema": cfg.ema,
         "seed": cfg.seed,
+        "batch_size": cfg.batch_size,
         **result,
         "baselines_bits_per_byte": baselines,
         "seconds": seconds,
@@ -148,10 +182,22 @@ def run(cfg):
             raise RuntimeError(
                 f"the bound is not {MARGIN:.0%} below the unigram's; train longer, look at metrics.jsonl"
             )
+    return result
 
 
 def main():
-    run(*parse(__doc__, EvaluateConfig))
+    (cfg,) = parse(__doc__, EvaluateConfig)
+    names, folders = cfg.ckpt.split(","), [Path(name) for name in cfg.against.split(",") if name]
+    check(
+        not folders or len(folders) == len(names), f"{len(names)} --ckpt cannot be paired with {len(folders)} --against"
+    )
+    check(not cfg.output or len(names) == 1, "--output is for one --ckpt; several write eval.json beside each")
+    for folder in folders:
+        check((folder / "eval.json").is_file(), f"--against {folder}: no eval.json there; evaluate it first, alike")
+    theirs = [json.loads((folder / "eval.json").read_text("utf-8")) for folder in folders]
+    ours = [run(dataclasses.replace(cfg, ckpt=name)) for name in names]
+    if theirs:
+        compare(ours, theirs)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """benchmark.py: its figures, each computed another way. Sizes are tiny; what is checked is arithmetic, not speed."""
 
+import functools
 import json
 import statistics
 import sys
@@ -14,7 +15,7 @@ import checkpoint
 import dataset
 import diffusion
 import tokenizer as tokenizers
-from config import MaskConfig, TrainConfig, TransformerConfig, run_main
+from config import EcoHybridConfig, MaskConfig, TrainConfig, TransformerConfig, run_main
 
 SIZES = (
     "--d_model 32 --n_layers 2 --n_heads 2 --d_ff 64 --vocab_size 300 --seq_len 16 --batch_size 4 --grad_accum 2 "
@@ -153,8 +154,147 @@ def test_prepare_measures_the_real_command(tmp_path, capsys, monkeypatch):
     assert all(20e6 < row["peak_bytes"] < 2e9 for row in figures["rows"])
 
 
+def test_rivals_differ_in_what_is_compared_alone():
+    sizes = EcoHybridConfig(vocab_size=300, max_seq_len=400, d_model=32, n_layers=6, n_heads=2, d_ff=96, attn_every=3)
+    rivals = benchmark.rivals(sizes)
+    assert list(rivals) == ["transformer", "local", "eco", "hybrid"]
+    models = {name: model_class(config) for name, (model_class, config) in rivals.items()}
+    for name, model in models.items():
+        assert (model.config.d_model, model.config.d_ff, model.config.max_seq_len) == (32, 96, 400), name
+    assert [b.attention.reach for b in models["transformer"].blocks] == [0] * 6
+    assert [b.attention.reach for b in models["local"].blocks] == [64, 64, 0, 64, 64, 0]
+    assert [models[name].config.attn_every for name in ("eco", "hybrid")] == [0, 3]
+    # by hand, T = 200: a full layer has 200² pairs; a band 129 keys a query less the 64 · 65 beyond the two ends
+    pairs = 2 * 200**2 + 4 * (200 * 129 - 64 * 65)
+    by_hand = 2 * (6 * 200 * (4 * 32**2 + 3 * 32 * 96) + 2 * 32 * pairs + 7 * 32 * 300)
+    assert models["local"].flops(200, 7) == by_hand
+
+
+def test_half_of_every_row_is_hidden_and_always_the_same():
+    x0, x_t, masked = benchmark.half_hidden(50, 3, 17)
+    assert x0.shape == (3, 17) and x0.max() < 50 and masked.sum(1).tolist() == [8, 8, 8]
+    assert torch.equal(x_t == 50, masked) and torch.equal(x_t[~masked], x0[~masked])
+    assert torch.equal(x_t, benchmark.half_hidden(50, 3, 17)[1])
+
+
+def test_derived_crossover_of_made_up_costs():
+    """T² + 3 T against 10 T + 60: T² - 7 T - 60 = (T - 12) (T + 5), equal at 12."""
+    assert benchmark.derived_crossover(lambda T: T * T + 3 * T, lambda T: 10 * T + 60) == 12
+    assert benchmark.derived_crossover(lambda T: T * T + 3 * T, lambda T: 10 * T + 61) == 13
+    assert benchmark.derived_crossover(lambda T: T, lambda T: T + 1, limit=100) is None
+
+
+@pytest.mark.parametrize(
+    "speedups, T",
+    [
+        ((0.5, 1.5, 2.0), 200 * 2**0.5),  # half of the way in log T
+        ((0.8, 0.9, 1.3), 400 * 2**0.25),  # a quarter
+        ((0.8, 1.0, 1.2), 400),
+        ((1.1, 0.9, 1.1), 400 * 2**0.5),  # the last crossing counts
+        ((1.0, 1.1, 1.2), 200),
+        ((0.7, 1.1, 0.9), None),
+    ],
+)
+def test_measured_crossover_by_hand(speedups, T):
+    found = benchmark.measured_crossover([200, 400, 800], speedups)
+    assert found == (T and pytest.approx(T))
+
+
+def test_agreement_by_hand():
+    rows = [
+        dict(T=T, models={"eco": dict(train_speedup=measured, derived_speedup=derived, train_rate=rate)})
+        for T, measured, derived, rate in ((1, 0.5, 0.4, 80.0), (2, 3.0, 4.0, 100.0), (4, 8.0, 8.0, 50.0))
+    ]
+    assert benchmark.agreement(rows, "eco", 2) == dict(speedup=(0.75, 1.25), growth=(1.0, 2.0))
+
+
+def test_peak_of_a_call_leaves_out_what_was_there():
+    before = bytearray(b"1") * 80_000_000
+
+    def call():
+        for size in (60_000_000, 30_000_000):
+            bytearray(b"1") * size
+
+    assert 58e6 < benchmark.peak_of(call, torch.device("cpu")) < 64e6 and before  # the kernel counts roughly
+
+
+def test_memory_of_a_training_pass_grows_with_the_batch():
+    config = TransformerConfig(vocab_size=300, max_seq_len=64, d_model=64, n_layers=2, n_heads=2, d_ff=128)
+    with benchmark.concurrent.futures.ProcessPoolExecutor(1, mp_context=benchmark.YOUNG) as pool:
+        measure = functools.partial(pool.submit, benchmark.training_peak, benchmark.Transformer, config, dtype=None)
+        peaks = [measure(B=B).result() for B in (64, 256)]
+    # at least what backward reads in fp32: a layer's two norms, q, k, v and their norms, gate, up and their product
+    assert peaks[1] > 256 * 64 * 4 * 2 * (2 * 64 + 5 * 64 + 3 * 128)
+    assert 2.5 < peaks[1] / peaks[0] < 5
+
+
+def test_length_writes_figures_that_follow_from_its_seconds(tmp_path, capsys, monkeypatch):
+    """With a made-up cost of EcoHybrid: the Transformer's with 24 keys a query, whatever the length."""
+
+    def cost(T, keys, hidden):  # two layers and the head, by hand
+        return 2 * 2 * (T * (4 * 32**2 + 3 * 32 * 64) + 2 * T * keys * 32) + 2 * hidden * 32 * 300
+
+    monkeypatch.setattr(benchmark.EcoHybrid, "flops", lambda self, T, hidden: cost(T, 24, hidden))
+    sizes = "--d_model 32 --n_layers 2 --n_heads 2 --d_ff 64 --vocab_size 300 --device cpu --amp off".split()
+    flags = (*sizes, "--lengths", "32, 16", "--repeats", 2, "--seq_len", 32, "--attn_every", 2)
+    code, out, err = command(capsys, monkeypatch, "length", *flags, "--output", tmp_path / "l.json")
+    assert (code, err) == (0, "")
+    figures = json.loads((tmp_path / "l.json").read_text("utf-8"))
+    assert (tmp_path / "l.png").read_bytes()[:4] == b"\x89PNG"
+    rows = figures["rows"]
+    assert [(row["T"], row["B"]) for row in rows] == [(16, 2), (32, 1)] and figures["reference_length"] == 32
+    assert figures["crossover"]["eco"]["derived"] == figures["crossover"]["hybrid"]["derived"] == 24
+    assert figures["precision"] == "float32" and figures["targets"] == [] and "missed" not in out
+    for row in rows:
+        T, cells = row["T"], row["models"]
+        assert list(cells) == ["transformer", "local", "eco", "hybrid"]
+        for name, c in cells.items():
+            assert len(c["all_train"]) == len(c["all_sample"]) == 2 and min(*c["all_train"], *c["all_sample"]) > 0
+            assert c["train"] == statistics.median(c["all_train"]) and c["sample"] == statistics.median(c["all_sample"])
+            assert c["operations"] == cost(T, 24 if name in ("eco", "hybrid") else T, T // 2)
+            assert c["train_rate"] == pytest.approx(3 * row["B"] * c["operations"] / c["train"])
+            for of in ("train", "sample"):
+                assert c[f"{of}_speedup"] == pytest.approx(cells["transformer"][of] / c[of])
+            assert c["derived_speedup"] == pytest.approx(cells["transformer"]["operations"] / c["operations"])
+            assert c["peak_bytes"] >= 0 and c["parameters"] > 300 * 32
+    for name in ("eco", "hybrid"):
+        for of in ("train", "sample"):
+            speedups = [row["models"][name][f"{of}_speedup"] for row in rows]
+            assert figures["crossover"][name][of] == benchmark.measured_crossover([16, 32], speedups)
+
+
+def test_targets_are_told_at_the_default_sizes_on_a_cpu(tmp_path, capsys, monkeypatch):
+    def measured(sizes, T, run, repeats, device, dtype):
+        times = {"transformer": 3.0, "local": 2.0, "eco": 1.0, "hybrid": 1.5}  # eco: 3 times as fast
+        cells = {
+            name: dict(train=t, sample=t, all_train=[t], all_sample=[t], train_rate=1.0, peak_bytes=0)
+            | dict(derived_speedup=1.0, train_speedup=3 / t, sample_speedup=3 / t)
+            for name, t in times.items()
+        }
+        return dict(T=T, B=1, models=cells)
+
+    monkeypatch.setattr(benchmark, "measure_length", measured)
+    monkeypatch.setattr(benchmark, "derived_crossover", lambda plain, other: 227)
+    small = (lambda config: make_model(), None)
+    names = ("transformer", "local", "eco", "hybrid")
+    monkeypatch.setattr(benchmark, "rivals", lambda sizes: dict.fromkeys(names, small))
+    flags = ("length", "--amp", "off", "--device", "cpu", "--output", tmp_path / "l.json")
+    code, out, _ = command(capsys, monkeypatch, *flags)
+    figures = json.loads((tmp_path / "l.json").read_text("utf-8"))
+    assert code == 0 and [(t["T"], t["met"]) for t in figures["targets"]] == [(1024, True), (2048, True), (4096, False)]
+    assert out.count(", met") == 2 and out.count(", missed") == 1 and "at or below 128 (training)" in out
+    assert [row["T"] for row in figures["rows"]] == [128 * 2**i for i in range(7)]
+    assert command(capsys, monkeypatch, *flags, "--d_ff", 512)[1].count(", met") == 0
+
+
+def test_flags_of_length_that_are_refused(capsys, monkeypatch):
+    for flags in (("--lengths", "16,a"), ("--lengths", "1"), ("--lengths", ""), ("--attn_every", 0)):
+        code, _, err = command(capsys, monkeypatch, "length", *flags)
+        assert code == 2 and flags[0] in err and err.count("\n") == 1
+
+
 def test_an_unknown_benchmark_is_a_wrong_command(capsys, monkeypatch):
     code, _, err = command(capsys, monkeypatch, "nonsense")
-    assert code == 2 and "train, prepare" in err and err.count("\n") == 1
+    assert code == 2 and "train, prepare, length" in err and err.count("\n") == 1
     assert command(capsys, monkeypatch, "train", "--unknown", 1)[0] == 2
     assert command(capsys, monkeypatch, "--help")[0] == 0

@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -102,6 +103,74 @@ def test_main_writes_what_evaluate_returns(command, trained, data, tmp_path):
     counted = {name: getattr(ngram, name)(prepared.train, prepared.val, V) / bits for name in ("unigram", "bigram")}
     assert written["baselines_bits_per_byte"] == pytest.approx(counted)
     assert counted["bigram"] < counted["unigram"] < math.log2(V) * written["tokens"] / written["bytes"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pairs
+
+
+def scores(nats, n_bytes, **others):
+    bits = sum(nats) / math.log(2) / sum(n_bytes)
+    keys = dict.fromkeys(evaluate.SAME, 0) | {"checkpoint": "runs/a/best.pt", "bits_per_byte": {"mean": bits}}
+    return keys | {"per_window": {"nats": nats, "bytes": n_bytes}} | others
+
+
+def test_a_paired_difference_forgets_what_both_share():
+    g = np.random.default_rng(0)
+    n_bytes = g.integers(500, 900, 300)
+    hard = n_bytes * g.normal(0.7, 0.2, 300)  # windows differ much more than the models do
+    theirs = hard + g.normal(0, 3, 300)
+    ours = hard + 0.01 * n_bytes + g.normal(0, 3, 300)
+    mean, error = evaluate.paired(scores(ours.tolist(), n_bytes.tolist()), scores(theirs.tolist(), n_bytes.tolist()))
+    assert mean == pytest.approx((ours.sum() - theirs.sum()) / math.log(2) / n_bytes.sum())
+    draws = g.integers(0, 300, (4000, 300))
+    again = (ours - theirs)[draws].sum(1) / math.log(2) / n_bytes[draws].sum(1)
+    assert error == pytest.approx(again.std(), rel=0.06) and abs(mean - 0.01 / math.log(2)) < 4 * error
+    alone = evaluate.ratio(torch.tensor(ours / math.log(2)), torch.tensor(n_bytes).double())[1]
+    assert error < alone / 10
+
+
+def test_pairs_of_several_seeds(capsys):
+    n_bytes = [1000, 1000]
+    ours = [scores([a * math.log(2) * 1000] * 2, n_bytes) for a in (0.9, 1.0, 1.1)]
+    theirs = [scores([a * math.log(2) * 1000] * 2, n_bytes) for a in (1.0, 1.02, 1.07)]
+    evaluate.compare(ours, theirs)  # -0.1, -0.02, +0.03: mean -0.03, deviation 0.06557, error 0.03786
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "mean -0.0300 ± 0.0379 over 3 pairs, -2.91%"
+    evaluate.compare(ours[:1], theirs[:1])
+    assert capsys.readouterr().out.splitlines()[-1] == "mean -0.1000, -10.00%"
+
+
+def test_what_was_scored_otherwise_is_not_paired():
+    a = scores([1.0, 2.0], [3, 4])
+    for other in (*({key: 1} for key in evaluate.SAME), {"per_window": {"nats": [1.0, 2.0], "bytes": [3, 5]}}):
+        with pytest.raises(ValueError, match="not scored alike: " + next(iter(other))):
+            evaluate.paired(a, a | other)
+    with pytest.raises(ValueError, match="not scored alike"):
+        evaluate.paired(a, {k: v for k, v in a.items() if k != "per_window"})  # an older eval.json
+
+
+def test_against_by_command(command, trained, data, tmp_path):
+    out = tmp_path / "again"
+    shutil.copytree(trained, out)
+    (out / "eval.json").unlink(missing_ok=True)
+    argv = ["--masks", 2, "--device", "cpu", "--data_dir", data]
+    refused = command("evaluate", "--ckpt", trained, "--against", out, *argv)
+    assert refused.code == 2 and "no eval.json" in refused.error()
+    assert command("evaluate", "--ckpt", out, *argv).code == 0
+    result = command("evaluate", "--ckpt", f"{out / 'latest.pt'},{out}", "--against", f"{out},{out}", *argv)
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[-1] == "mean +0.0000 ± 0.0000 over 2 pairs, +0.00%"
+    for wrong, why in (
+        (("--against", f"{out},{out}"), "cannot be paired"),
+        (("--output", "x.json"), "--output is for"),
+    ):
+        refused = command("evaluate", "--ckpt", f"{out},{out},{out}", *wrong, *argv)
+        assert refused.code == 2 and why in refused.error()
+    other = command(
+        "evaluate", "--ckpt", out, "--against", out, "--seed", 3, *argv
+    )  # eval.json is read before it is written
+    assert other.code == 2 and "not scored alike: seed" in other.error()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
