@@ -19,7 +19,7 @@ import colab_train_eco as colab
 import config
 import prepare
 
-SHOT = "--allow_cpu --seq_len 144 --batch_size 2 --grad_accum 1 --save_interval 10 --log_interval 5".split()
+SHOT = "--allow_cpu --seq_len 144 --batch_size 2 --grad_accum 1 --save_interval 8 --log_interval 4".split()
 GIB = 2**30
 
 
@@ -58,32 +58,29 @@ def small(tmp_path_factory):
 @pytest.mark.slow
 def test_a_shot_is_interrupted_resumed_and_passes(start, small, tmp_path):
     out = tmp_path / "run"
-    argv = ["colab_train_eco", *SHOT, "--data_dir", small, "--output_dir", out, "--max_steps", 40]
+    argv = ["colab_train_eco", *SHOT, "--data_dir", small, "--output_dir", out, "--max_steps", 24]
     first = start(*argv, before=calm)
-    first.wait_for(out / "step_000010.pt", seconds=200)
+    first.wait_for(out / "step_000008.pt", seconds=400)
     first.send(signal.SIGTERM)
-    assert first.wait(200).code == 128 + signal.SIGTERM and not (out / "report.json").exists()
+    assert first.wait(400).code == 128 + signal.SIGTERM and not (out / "report.json").exists()
     stopped = checkpoint.read(out / "latest.pt")["step"]
-    assert 10 <= stopped < 40
-
-    refused = start(*argv, before=calm).wait(200)
-    assert refused.code == 2 and "--resume" in refused.error() and not (out / "report.json").exists()
+    assert 8 <= stopped < 24
 
     # another batch, the same step; length and step are those of the run
-    done = start(*argv[:2], *SHOT[5:], *argv[-6:], "--resume", before=calm).wait(200)
+    done = start(*argv[:2], *SHOT[5:], *argv[-6:], "--resume", before=calm).wait(400)
     assert done.code == 0 and not done.err, done.err
     report = read_report(out)
     assert report["passed"] and all(c["passed"] for c in report["checks"]) and report["resumed_at"] == stopped
     assert report["sizes"]["seq_len"] == 144 and report["sizes"]["tokens_a_step"] == 288
-    assert [r["step"] for r in metrics(out) if "loss" in r] == [1, *range(5, 41, 5)]
+    assert [r["step"] for r in metrics(out) if "loss" in r] == [1, *range(4, 25, 4)]
 
     # every value once more from the files
     checks, scores = by_name(report), json.loads((out / "eval.json").read_text("utf-8"))
     bound = checks["bound, bits/byte"]
     assert bound["value"] == scores["bits_per_byte"]["mean"] < bound["limit"] == pytest.approx(0.82 * bound["unigram"])
     assert {k: bound[k] for k in ("unigram", "bigram")} == scores["baselines_bits_per_byte"]
-    assert checks["checkpoint at step"]["value"] == checkpoint.load(out / "step_000040.pt").step == 40
-    assert checks["loss finite"]["lines"] == 9 and checks["throughput p90/p10"]["lines"] >= 1
+    assert checks["checkpoint at step"]["value"] == checkpoint.load(out / "step_000024.pt").step == 24
+    assert checks["loss finite"]["lines"] == 7 and checks["throughput p90/p10"]["lines"] >= 1
     assert 0 < checks["distinct-2"]["tokens"] <= 4 * 64
     for prompt, text in zip(config.PROMPTS, report["samples"], strict=True):
         assert text.startswith(prompt) and text in done.out
@@ -105,7 +102,7 @@ def count_new(out):
 def test_a_short_run_fails_the_bound_alone(start, small, tmp_path):
     """Two steps, fewer than a log or save interval: the checks of speed and checkpoint adapt, the bound does not."""
     argv = ["--allow_cpu", "--seq_len", 144, "--batch_size", 2, "--grad_accum", 1, "--max_steps", 2]
-    result = start("colab_train_eco", *argv, "--data_dir", small, "--output_dir", tmp_path, before=calm).wait(200)
+    result = start("colab_train_eco", *argv, "--data_dir", small, "--output_dir", tmp_path, before=calm).wait(400)
     assert result.code == 1 and "bound, bits/byte" in result.error() and "memory" not in result.error()
     report = read_report(tmp_path)
     assert not report["passed"]
@@ -120,7 +117,7 @@ def test_a_training_that_fails_is_reported(start, small, tmp_path):
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         argv = [*SHOT, "--data_dir", small, "--output_dir", tmp_path]
-        result = start("colab_train_eco", *argv, before=no_gpu).wait(200)
+        result = start("colab_train_eco", *argv, before=no_gpu).wait(400)
     assert result.code == 1 and "is locked" in result.err and "--batch_size 1 --grad_accum 2" in result.err
     report = read_report(tmp_path)
     assert not report["passed"] and report["checks"][0]["value"] == 1 and len(report["checks"]) == 3
@@ -161,6 +158,15 @@ def test_the_prompts_fit_the_shortest_window_whatever_the_tokenizer():
     config.ColabConfig(seq_len=longest + colab.NEW + 1)
     with pytest.raises(ValueError, match="seq_len"):
         config.ColabConfig(seq_len=longest + colab.NEW)
+
+
+def test_a_wrong_command_of_a_script_is_passed_on(capfd):
+    """2 ends the shot with the script's own line; 0 and 1 come back."""
+    with pytest.raises(SystemExit) as e:
+        colab.start("plot.py", bogus=1)
+    assert e.value.code == 2 and capfd.readouterr().err.startswith("error: ")
+    assert colab.start("plot.py", help=True, nothing="", off=False) == 0
+    assert "$ python plot.py --help\n" in capfd.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import nn
 from toys import build, seeded
 
 from config import PRESETS, EcoHybridConfig, TransformerConfig
-from eco_hybrid import EcoBlock, EcoHybrid, depthwise
+from eco_hybrid import Depthwise, EcoBlock, EcoHybrid
 from model import Transformer
 
 V = 11  # of toys.build
@@ -35,7 +35,7 @@ def test_depthwise_is_a_grouped_convolution(k):
     conv.weight.data = kernel.T[:, None].clone()
     inputs = [v.clone().requires_grad_() for v in (x, x)]
     kernel.requires_grad_()
-    ours, theirs = depthwise(inputs[0], kernel), conv(inputs[1].mT).mT
+    ours, theirs = Depthwise.apply(inputs[0], kernel), conv(inputs[1].mT).mT
     close(ours, theirs)
     weight = torch.randn(ours.shape, generator=seeded(2))
     (ours * weight).sum().backward()
@@ -118,7 +118,7 @@ def test_a_far_token_is_seen_through_the_slots():
 def test_channels_begin_as_neighbours_and_gates_open():
     block = EcoHybrid(EcoHybridConfig(5, 8, d_model=28, n_layers=1, n_heads=2, d_ff=64, conv_kernel=7)).blocks[0]
     x = torch.randn(1, 8, 28, generator=seeded())
-    y = depthwise(x, block.kernel)[0, 4]
+    y = Depthwise.apply(x, block.kernel)[0, 4]
     places = [min(range(8), key=lambda t: abs(x[0, t, c] - y[c]).item()) - 4 for c in range(28)]
     assert {o: places.count(o) for o in set(places)} == {-1: 8, 1: 8, -2: 4, 2: 4, 0: 4}
     u, gate = block.mix_in(block.norm_mix(x)).chunk(2, -1)
