@@ -505,7 +505,7 @@ def agreement(rows, name, reference):
 
 def length(argv):
     cfg, sizes, run = parse(__doc__, BenchmarkConfig, EcoHybridConfig, TrainConfig, argv=argv,
-                            vocab_size=1024, attn_every=3, seq_len=1024)  # fmt: skip
+                            vocab_size=1024, seq_len=1024)  # fmt: skip
     check(sizes.attn_every > 0, "--attn_every is 0, the hybrid needs to be one; the pure EcoHybrid is measured anyway")
     lengths = sorted({int(n) for n in cfg.lengths.split(",")})
     sizes = dataclasses.replace(sizes, vocab_size=cfg.vocab_size, max_seq_len=lengths[-1])
@@ -667,7 +667,7 @@ def ask_recall(model, P, run, autocast):
 def wilson(right, n, z=1.96):
     """95 % interval of a share of which `right` of n were drawn (Wilson 1927): it stays within 0 and 1."""
     middle, half = right + z * z / 2, z * math.sqrt(right * (n - right) / n + z * z / 4)
-    return (middle - half) / (n + z * z), (middle + half) / (n + z * z)
+    return max(0.0, (middle - half) / (n + z * z)), min(1.0, (middle + half) / (n + z * z))  # rounding left out
 
 
 def recall_figures(right, back):

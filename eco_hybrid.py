@@ -118,7 +118,8 @@ class EcoBlock(nn.Module):
         # mix
         u, gate = self.mix_in(h).chunk(2, dim=-1)  # (B, T, C)
         u = u if inside is None else u * inside
-        x = x + drop(self.mix_out(2 * torch.sigmoid(gate) * Depthwise.apply(u, self.kernel.to(u.dtype))))
+        u = Depthwise.apply(u, 2 * self.kernel.to(u.dtype))  # the 2 belongs to the gate: it begins at 2σ(0) = 1
+        x = x + drop(self.mix_out(torch.sigmoid(gate) * u))
         # read
         k, v = self.read_kv(self.norm_slots(slots)).chunk(2, dim=-1)  # (B, M, A)
         x = x + drop(self.read_out(self.attend(self.read_q(self.norm_read(x)), k, v, near)))
