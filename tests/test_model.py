@@ -15,7 +15,7 @@ from toys import KINDS, seeded
 import checkpoint
 from config import MaskConfig, TransformerConfig
 from eco_hybrid import EcoBlock
-from model import Attention, rotary_table, rotate
+from model import Attention, Normalize, rotary_table, rotate
 from optimizer import EMA, Muon, make_optimizers, orthogonalize
 
 V, T = 11, 16  # sizes of toys.build
@@ -89,6 +89,24 @@ def test_order_counts(kind):
     swapped = x.clone()
     swapped[0, 3:5] = torch.tensor([2, 1])
     assert (model(x)[0, 0] - model(swapped)[0, 0]).abs().max() > 1e-3
+
+
+def test_norm_is_pytorch_s():
+    x, scale = torch.randn(3, 4, 6, generator=seeded()) * 5, torch.randn(6, generator=seeded(1))
+    x[0, 0] = 0.0  # nothing to divide by
+    weight, results = torch.randn(3, 4, 6, generator=seeded(2)), []
+    for norm in (Normalize.apply, lambda x, scale: nn.functional.rms_norm(x, (6,), scale, 1e-6)):
+        inputs = [v.clone().requires_grad_() for v in (x, scale)]
+        y = norm(*inputs)
+        results.append((y, *torch.autograd.grad((y * weight).sum(), inputs)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    inputs = [v.double().requires_grad_() for v in (x[1:], scale)]
+    assert torch.autograd.gradcheck(Normalize.apply, inputs)
+    half = (1000 * x).bfloat16()
+    ours = Normalize.apply(half, scale)  # computed in fp32, rounded once
+    assert ours.dtype == torch.bfloat16
+    close(ours, Normalize.apply(half.float(), scale).bfloat16(), 0)
 
 
 def test_rotary_scores_know_distances_only():
