@@ -34,7 +34,7 @@ MODELS = {  # kind -> (config class, model class)
 
 @dataclasses.dataclass
 class Loaded:
-    denoiser: LanguageModel  # of kind autoregressive it is none, and decodes by sampling.write
+    denoiser: LanguageModel  # or its causal twin, see `kind`
     tokenizer: Any
     config: dict  # every flag of the run that made it
     step: int
