@@ -21,19 +21,20 @@ from typing import Any
 import torch
 
 import tokenizer as tokenizers
-from config import EcoHybridConfig, TransformerConfig, one_line
+from config import AutoregressiveConfig, EcoHybridConfig, TransformerConfig, one_line
 from eco_hybrid import EcoHybrid
-from model import Denoiser, Transformer
+from model import GPT, LanguageModel, Transformer
 
 MODELS = {  # kind -> (config class, model class)
     "transformer": (TransformerConfig, Transformer),
     "eco_hybrid": (EcoHybridConfig, EcoHybrid),
+    "autoregressive": (AutoregressiveConfig, GPT),
 }
 
 
 @dataclasses.dataclass
 class Loaded:
-    denoiser: Denoiser
+    denoiser: LanguageModel  # or its causal twin, see `kind`
     tokenizer: Any
     config: dict  # every flag of the run that made it
     step: int

@@ -147,6 +147,17 @@ class EcoHybridConfig(TransformerConfig):
 
 
 @dataclass
+class AutoregressiveConfig(TransformerConfig):
+    """The sizes, and so the parameters, of the Transformer whose causal twin it is."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check(
+            self.window == 0, f"--window is {self.window}: that is for train_diffusion.py, this model sees all before"
+        )
+
+
+@dataclass
 class TrainConfig:
     data_dir: str = knob("data/processed", "folder written by prepare.py")
     output_dir: str = knob("checkpoints/diffusion_hi", "run folder: config.json, metrics.jsonl and checkpoints")
@@ -179,7 +190,7 @@ class TrainConfig:
     threads: int = knob(0, "CPU threads a process; 0 leaves PyTorch's choice")
     seed: int = knob(1337, "seed of weights, batches, masks and dropout")
     log_interval: int = knob(10, "steps between log lines")
-    eval_interval: int = knob(250, "steps between validations by the bound; 0 is only at the end")
+    eval_interval: int = knob(250, "steps between validations; 0 is only at the end")
     eval_masks: int = knob(4, "stratified masks a window while training; evaluate.py uses 16")
     eval_windows: int = knob(512, "validation windows while training, at most; 0 is all")
     sample_interval: int = knob(0, "steps between samples of the fixed prompts; 0 is never")
@@ -260,7 +271,7 @@ class EvaluateConfig:
     against: str = knob("", "as many evaluated run folders with commas: print what --ckpt is better by, pair by pair")
     data_dir: str = knob("", "folder written by prepare.py; empty takes the one the checkpoint was trained on")
     split: str = knob("val", "split to score", ("val", "train"))
-    masks: int = knob(16, "stratified masks a window")
+    masks: int = knob(16, "stratified masks a window; an exact likelihood takes none")
     max_windows: int = knob(0, "score only the first windows; 0 is all")
     batch_size: int = knob(32, "windows a forward")
     check: bool = knob(False, "compare with unigram and bigram models; exit 1 if not 18 % below the unigram")

@@ -90,18 +90,22 @@ def corrupt(x0, mask_id, k=None, generator=None):
 # what hiding costs
 
 
+def token_nll(logits, target, chunk=4096):
+    """-log p of target (N,) under logits (N, V): (N,) in nats, fp32. Chunks keep the temporaries small."""
+    parts = zip(logits.split(chunk), target.split(chunk), strict=True)
+    return torch.cat([F.cross_entropy(l.float(), y, reduction="none") for l, y in parts])
+
+
 def hidden_nll(denoiser, x_t, masked, x0, chunk=4096):
     """-log p(x0 | x_t) of the hidden tokens alone: the head is computed nowhere else.
 
-    Returns nll (N,) in nats, fp32, and the row (N,) that each belongs to. Chunks keep the temporaries small.
+    Returns nll (N,) in nats, fp32, and the row (N,) that each belongs to.
     """
     device = next(denoiser.parameters()).device
     where = masked.flatten().nonzero().squeeze(1)  # (N,), on the CPU in training: its size is known without waiting
     row, target = where // x0.shape[1], x0.flatten()[where]
     x_t, where, row, target = (v.to(device) for v in (x_t, where, row, target))
-    logits = denoiser(x_t, where)  # (N, V)
-    parts = zip(logits.split(chunk), target.split(chunk), strict=True)
-    return torch.cat([F.cross_entropy(l.float(), y, reduction="none") for l, y in parts]), row
+    return token_nll(denoiser(x_t, where), target, chunk), row
 
 
 def row_means(nll, row, B):
@@ -152,6 +156,17 @@ def bound(denoiser, x0, generator=None, k=None):
     return row_means(*hidden_nll(denoiser, x_t, masked, x0), x0.shape[0]).cpu()
 
 
+def runs(windows, batch_size):
+    """Slices that cut a list of windows into batches of neighbours of equal length."""
+    start = 0
+    while start < len(windows):
+        stop = start + 1
+        while stop < min(len(windows), start + batch_size) and len(windows[stop]) == len(windows[start]):
+            stop += 1
+        yield slice(start, stop)
+        start = stop
+
+
 def bound_windows(denoiser, windows, masks, seed=0, batch_size=32):
     """The bound of every window under `masks` stratified masks each, from fixed seeds.
 
@@ -163,13 +178,8 @@ def bound_windows(denoiser, windows, masks, seed=0, batch_size=32):
     slices = (torch.arange(masks) + 1 - torch.rand(len(windows), masks, generator=generator)) / masks
     k = (slices * lengths[:, None]).ceil().long()  # (windows, masks), each uniform on 1..T_w over its slice
     nats = torch.zeros(k.shape)
-    start = 0
-    while start < len(windows):
-        same = start + 1
-        while same < min(len(windows), start + batch_size) and lengths[same] == lengths[start]:
-            same += 1
-        x0 = torch.stack(windows[start:same])
+    for run in runs(windows, batch_size):
+        x0 = torch.stack(windows[run])
         for j in range(masks):
-            nats[start:same, j] = bound(denoiser, x0, generator, k[start:same, j])
-        start = same
+            nats[run, j] = bound(denoiser, x0, generator, k[run, j])
     return nats, k / lengths[:, None]

@@ -1,9 +1,10 @@
-"""Any checkpoint → eval.json: the bound on held-out text, in units that compare across tokenizers.
+"""Any checkpoint → eval.json: the cost of held-out text, in units that compare across tokenizers.
 
     python evaluate.py --ckpt checkpoints/diffusion_hi/best.pt
     python evaluate.py --ckpt checkpoints/eco_hybrid_hi --against checkpoints/diffusion_hi   # window by window
 
 Every token of the split is scored, the end of each document too; bytes and characters are those of the scored text.
+A denoiser's cost is the bound on -log p (an upper limit, from random masks), an autoregressive model's is exact.
 """
 
 import dataclasses
@@ -42,13 +43,20 @@ def text_sizes(windows, tokenizer):
 
 
 def evaluate(denoiser, tokenizer, windows, masks=16, seed=0, batch_size=32):
-    """The bound ± standard error of the windows, and cross-entropy by the hidden fraction of tokens: a dict."""
-    nats, hidden = diffusion.bound_windows(
-        denoiser, windows, masks, seed, batch_size
-    )  # (windows, masks), nats per token
+    """Bound ± standard error of the windows, and cross-entropy by the hidden fraction of tokens: a dict.
+
+    A model that knows its exact `nll` is asked for that instead: one pass, no masks, no hidden fraction.
+    """
+    exact = hasattr(denoiser, "nll")
+    if exact:
+        masks, nats = 0, torch.cat([denoiser.nll(torch.stack(windows[s])) for s in diffusion.runs(windows, batch_size)])
+        nats = nats[:, None]  # (windows, 1), nats per token
+    else:
+        nats, hidden = diffusion.bound_windows(denoiser, windows, masks, seed, batch_size)  # (windows, masks)
     tokens, n_bytes, n_chars = text_sizes(windows, tokenizer)
     total = nats.double().mean(1) * tokens  # (windows,) nats
     result = {
+        "likelihood": "exact" if exact else "bound",
         "windows": len(windows),
         "masks": masks,
         "tokens": int(tokens.sum()),
@@ -64,12 +72,17 @@ def evaluate(denoiser, tokenizer, windows, masks=16, seed=0, batch_size=32):
         mean, error = ratio(cost, size)
         result[name] = {"mean": mean, "standard_error": error}
     result["per_window"] = {"nats": [round(v, 3) for v in total.tolist()], "bytes": n_bytes.long().tolist()}
-    which = (hidden * BINS).ceil().long().clamp(1, BINS) - 1  # (windows, masks) bin of k / T
-    result["by_hidden_fraction"] = []
+    result["by_hidden_fraction"] = [] if exact else by_hidden_fraction(nats, hidden)
+    return result
+
+
+def by_hidden_fraction(nats, hidden):
+    """Mean ± standard error of nats (windows, masks) in each of BINS bins of the hidden fraction: a list of dicts."""
+    which, rows = (hidden * BINS).ceil().long().clamp(1, BINS) - 1, []  # (windows, masks) bin of k / T
     for b in range(BINS):
         values = nats[which == b].double()
         error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
-        result["by_hidden_fraction"].append(
+        rows.append(
             {
                 "from": b / BINS,
                 "to": (b + 1) / BINS,
@@ -78,15 +91,17 @@ def evaluate(denoiser, tokenizer, windows, masks=16, seed=0, batch_size=32):
                 "standard_error": error,
             }
         )
-    return result
+    return rows
 
 
-SAME = ("data_sha256", "split", "masks", "seed", "batch_size", "windows")  # what two eval.json share that can be paired
+SAME = ("data_sha256", "split", "windows")  # what two eval.json share that can be paired
+SAME_MASKS = ("masks", "seed", "batch_size")  # and two bounds; an exact likelihood has no masks
 
 
 def paired(ours, theirs):
     """Bits/byte by which `ours` costs more than `theirs` (two eval.json) on the same windows and masks: (mean, SE)."""
-    for key in (*SAME, "per_window"):
+    exact = "exact" in (ours.get("likelihood"), theirs.get("likelihood"))
+    for key in (*SAME, *(() if exact else SAME_MASKS), "per_window"):
         a, b = (r.get(key) if key != "per_window" else r.get(key, {}).get("bytes") for r in (ours, theirs))
         check(a == b, f"{ours['checkpoint']} and {theirs['checkpoint']} were not scored alike: {key} {a} and {b}")
     a, b, n_bytes = (
@@ -122,7 +137,7 @@ def counting(train, windows, tokenizer):
 def run(cfg):
     """Score a checkpoint, print the figures and write eval.json, whose content is returned. cfg: EvaluateConfig.
 
-    Raises FloatingPointError if the bound is not finite, and RuntimeError if cfg.check is on and it is not well below
+    Raises FloatingPointError if the cost is not finite, and RuntimeError if cfg.check is on and it is not well below
     what a unigram model costs.
     """
     loaded = checkpoint.load(cfg.ckpt or checkpoint.newest_run(), pick_device(cfg.device), cfg.ema)
@@ -141,7 +156,7 @@ def run(cfg):
     result = evaluate(loaded.denoiser, tokenizer, windows, cfg.masks, cfg.seed, cfg.batch_size)
     seconds = time.perf_counter() - start
     if not math.isfinite(result["bits_per_byte"]["mean"]):
-        raise FloatingPointError(f"the bound of {loaded.path} is not finite: its weights are broken")
+        raise FloatingPointError(f"the cost of text under {loaded.path} is not finite: its weights are broken")
 
     baselines = counting(data.train, windows, tokenizer)
     result = {
@@ -158,14 +173,16 @@ def run(cfg):
         "seconds": seconds,
     }
 
+    how = f"{cfg.masks} masks each" if result["masks"] else "exact likelihood"
     print(
-        f"{loaded.path}, step {loaded.step:,}: {result['windows']} windows of {cfg.split}, {cfg.masks} masks each, "
+        f"{loaded.path}, step {loaded.step:,}: {result['windows']} windows of {cfg.split}, {how}, "
         f"{result['tokens']:,} tokens, {result['bytes']:,} bytes ({seconds:.1f} s)"
     )
     for name in ("bits_per_byte", "bits_per_character", "nats_per_token"):
         print(f"  {name.replace('_', ' '):20} {result[name]['mean']:.4f} ± {result[name]['standard_error']:.4f}")
     print("  bits per byte of counting: " + ", ".join(f"{name} {value:.4f}" for name, value in baselines.items()))
-    print("  hidden        nats/token")
+    if result["by_hidden_fraction"]:
+        print("  hidden        nats/token")
     for b in result["by_hidden_fraction"]:
         if b["n"]:
             print(
@@ -177,11 +194,9 @@ def run(cfg):
     if cfg.check:
         ours = result["bits_per_byte"]["mean"]
         against = "; ".join(f"{name} {bits:.4f} ({ours / bits - 1:+.1%})" for name, bits in baselines.items())
-        print(f"check: bound {ours:.4f} bits/byte; {against}")
+        print(f"check: {result['likelihood']} {ours:.4f} bits/byte; {against}")
         if not ours <= (1 - MARGIN) * baselines["unigram"]:
-            raise RuntimeError(
-                f"the bound is not {MARGIN:.0%} below the unigram's; train longer, look at metrics.jsonl"
-            )
+            raise RuntimeError(f"the cost is not {MARGIN:.0%} below the unigram's; train longer, look at metrics.jsonl")
     return result
 
 

@@ -2,10 +2,11 @@
 
     logits = denoiser(x_t)           x_t (B, T) long, hidden tokens are MASK; logits (B, T, V) over the real tokens
     logits = denoiser(x_t, where)    where (N,) flat indices into B·T; logits (N, V) at those positions only
+    logits = gpt(x0)                 the causal twin: the logits of each token look at the tokens before it alone
 
 There is no time argument: the time is the hidden fraction, which x_t shows. MASK has a row in the embedding and no
 column in the head, so that it cannot be predicted. A new model subclasses Denoiser, puts its layers into `blocks` and
-overrides `trunk`.
+overrides `trunk`. GPT is the Transformer made causal, to compare with: the same parameters, begun alike.
 Shapes: B rows, T tokens, C width, H heads, D head width, V real tokens. Nothing here names a device or a precision.
 """
 
@@ -95,12 +96,13 @@ class Attention(nn.Module):
     All MASKs look alike, so without a constant part in q and k the rotary angles could not tell neighbours apart, and
     training would stall at the unigram level for some hundred steps (docs/experiments.md).
     With a window a position sees no further than window / 2 tokens to each side (arXiv 2004.05150).
+    causal: it sees itself and what stands before it; only offsets to the left make sense, and heads prefer -1, -2, ...
     """
 
-    def __init__(self, config, window=0):
+    def __init__(self, config, window=0, causal=False):
         super().__init__()
         C, self.n_heads, self.max_seq_len = config.d_model, config.n_heads, config.max_seq_len
-        self.reach = window // 2  # 0: all
+        self.reach, self.causal = window // 2, causal  # reach 0: all
         self.qkv = nn.Linear(C, 3 * C)
         self.qkv.weight.pieces = 3  # Muon treats them as three matrices
         self.out = nn.Linear(C, C, bias=False)
@@ -111,25 +113,32 @@ class Attention(nn.Module):
         """Against the constant key bias, rotated by its position, a query bias rotated by o peaks at offset o."""
         self.norm_q.scale.fill_(sharpness)
         H, D = self.n_heads, self.norm_q.scale.numel()
-        offset = torch.arange(H) // 2 + 1  # 1, 1, 2, 2, ...
+        h = torch.arange(H)
+        offset = -1 - h if self.causal else (h // 2 + 1) * (h % 2 * 2 - 1)  # -1, -2, ..., or -1, 1, -2, 2, ...
         cos, sin = rotary_table(self.max_seq_len, D)
-        cos, sin = cos[offset % len(cos)], sin[offset % len(sin)] * (torch.arange(H) % 2 * 2 - 1)[:, None]  # left first
+        cos, sin = cos[offset.abs() % len(cos)], sin[offset.abs() % len(sin)] * offset.sign()[:, None]
         key = torch.cat((torch.ones(H, D // 2), torch.zeros(H, D // 2)), dim=1)  # angle 0 in every pair
         value = torch.zeros(H, D)
         self.qkv.bias.copy_(size * torch.cat((torch.cat((cos, sin), dim=1), key, value)).flatten())
 
-    def forward(self, x, cos, sin, attend):
+    def forward(self, x, cos, sin, attend, past=None):
+        """past (2, B, H, S, D): keys and values of S positions, of which the T of x are the last and are filled in."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
         q, k = rotate(self.norm_q(q), cos, sin), rotate(self.norm_k(k), cos, sin)
+        if past is not None:
+            past[..., -T:, :] = torch.stack((k, v))
+            k, v = past
         if 0 < self.reach < T - 1:
             y = near_attention(q, k, v, self.reach, attend)  # (B, H, T, D)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=self.causal and attend is None)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
     def pairs(self, T):
         """Pairs of a query and a key that are needed. near_attention computes half as many again, more at small T."""
+        if self.causal:
+            return T * (T + 1) // 2
         reach = min(self.reach or T, T - 1)
         return T * (2 * reach + 1) - reach * (reach + 1)
 
@@ -149,14 +158,14 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, window=0):
+    def __init__(self, config, window=0, causal=False):
         super().__init__()
-        self.norm_attention, self.attention = RMSNorm(config.d_model), Attention(config, window)
+        self.norm_attention, self.attention = RMSNorm(config.d_model), Attention(config, window, causal)
         self.norm_ff, self.ff = RMSNorm(config.d_model), SwiGLU(config.d_model, config.d_ff)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin, attend):
-        x = x + self.dropout(self.attention(self.norm_attention(x), cos, sin, attend))
+    def forward(self, x, cos, sin, attend, past=None):
+        x = x + self.dropout(self.attention(self.norm_attention(x), cos, sin, attend, past))
         return x + self.dropout(self.ff(self.norm_ff(x)))
 
     def flops(self, T):
@@ -165,8 +174,9 @@ class Block(nn.Module):
         return 2 * (T * matrices + scores)
 
 
-class Denoiser(nn.Module):
-    """What the rest of the project knows of a model: `mask_id`, `forward`, `loss`, `flops`."""
+class LanguageModel(nn.Module):
+    """What the rest of the project knows of a model: `mask_id`, `forward`, `loss`, `flops`. The id V, mask_id, is no
+    token: in a canvas it marks what is to be written."""
 
     activation_checkpointing = False  # the trainer sets it
 
@@ -177,8 +187,18 @@ class Denoiser(nn.Module):
                 f"vocab_size {config.vocab_size} and max_seq_len {config.max_seq_len} need to be 1 or more"
             )
         self.config, self.mask_id = config, config.vocab_size
-        self.embed = nn.Embedding(config.vocab_size + 1, config.d_model)  # the last row is MASK
+        self.embed = nn.Embedding(config.vocab_size + 1, config.d_model)  # the last row is MASK, or BOS
         self.norm = RMSNorm(config.d_model)
+
+    def init_blocks(self, windows, causal=False):
+        """Transformer blocks, one a window, their rotary positions, and the weights of the whole model."""
+        self.blocks = nn.ModuleList(Block(self.config, window, causal) for window in windows)
+        cos, sin = rotary_table(self.config.max_seq_len, self.config.d_model // self.config.n_heads)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.init_weights()
+        for block in self.blocks:
+            block.attention.prefer_neighbours()
 
     def init_weights(self):
         """Normal, 0.02; the two matrices that write into the residual stream smaller by √(2·layers), as in GPT-2."""
@@ -203,11 +223,14 @@ class Denoiser(nn.Module):
         h = self.trunk(x_t, lengths)  # (B, T, C)
         if where is not None:
             h = h.flatten(0, 1)[where]  # (N, C)
-        return F.linear(self.norm(h), self.embed.weight[: self.mask_id])  # tied head, without MASK's row
+        return self.head(h)
+
+    def head(self, h):
+        return F.linear(self.norm(h), self.embed.weight[: self.mask_id])  # tied, without the row of MASK
 
     def loss(self, x0, cfg, generator=None, **kwargs):
-        """What the training loop minimises; it also passes `part` and `starts`, see diffusion.training_loss."""
-        return diffusion.training_loss(self, x0, cfg, generator, **kwargs)
+        """What the training loop minimises, a scalar. Subclasses implement it."""
+        raise NotImplementedError
 
     def run(self, block, *inputs):
         """block(*inputs), computed once more in the backward pass where memory is to be saved."""
@@ -221,18 +244,17 @@ class Denoiser(nn.Module):
         return sum(block.flops(T) for block in self.blocks) + head
 
 
+class Denoiser(LanguageModel):
+    def loss(self, x0, cfg, generator=None, **kwargs):
+        """cfg: a config.MaskConfig. The loop also passes `part` and `starts`, see diffusion.training_loss."""
+        return diffusion.training_loss(self, x0, cfg, generator, **kwargs)
+
+
 class Transformer(Denoiser):
     def __init__(self, config):
         super().__init__(config)
         # local layers, and a full one every third: the baseline that efficient attention must beat (arXiv 2112.07210)
-        windows = (0 if i % 3 == 2 else config.window for i in range(config.n_layers))
-        self.blocks = nn.ModuleList(Block(config, window) for window in windows)
-        cos, sin = rotary_table(config.max_seq_len, config.d_model // config.n_heads)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-        self.init_weights()
-        for block in self.blocks:
-            block.attention.prefer_neighbours()
+        self.init_blocks(0 if i % 3 == 2 else config.window for i in range(config.n_layers))
 
     def trunk(self, x_t, lengths=None):
         T = x_t.shape[1]
@@ -243,3 +265,61 @@ class Transformer(Denoiser):
         for block in self.blocks:
             x = self.run(block, x, self.cos[:T], self.sin[:T], attend)
         return x
+
+
+class GPT(LanguageModel):
+    """The Transformer's autoregressive twin: the same blocks, made causal, and the same parameters.
+
+    It reads BOS, x0[0], x0[1], ... and writes the logits of x0[0], x0[1], x0[2], ...: every token is predicted, the
+    first one too. BOS is the row that is MASK's elsewhere. It says that a window begins, at any place of a document.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.init_blocks([0] * config.n_layers, causal=True)
+
+    def trunk(self, x0, lengths=None):
+        """What stands behind a row's length is read by nothing before it: `lengths` are not needed."""
+        return self.read(F.pad(x0, (1, -1), value=self.mask_id))  # BOS in front, the last token away
+
+    def read(self, x, cache=None, start=0):
+        """x (B, N) behind `start` tokens that `cache` holds, to which it is added -> hidden states (B, N, C)."""
+        N, attend, past = x.shape[1], None, None
+        end = start + N
+        if cache is not None:
+            attend = torch.ones(N, end, dtype=torch.bool, device=x.device).tril(start)
+        x = self.embed(x)  # (B, N, C)
+        for i, block in enumerate(self.blocks):
+            if cache is not None:
+                past = cache[i, ..., :end, :]
+            x = self.run(block, x, self.cos[start:end], self.sin[start:end], attend, past)
+        return x
+
+    def cache(self, B, T):
+        """Room for the keys and values of T positions in each layer, BOS among them: (layers, 2, B, H, T, D)."""
+        if T > self.config.max_seq_len:
+            raise ValueError(f"{T} tokens are more than the model's {self.config.max_seq_len}")
+        H = self.config.n_heads
+        return self.embed.weight.new_empty(len(self.blocks), 2, B, H, T, self.config.d_model // H)
+
+    def extend(self, x, cache, start):
+        """Logits (B, V) of the token behind x (B, N), whose keys and values join `cache` behind its first `start`."""
+        return self.head(self.read(x, cache, start)[:, -1])
+
+    def token_nll(self, x0):
+        """-log p(token | all before it) of x0 (B, T): (B, T) in nats. Compiled where the model is."""
+        x0 = x0.to(self.embed.weight.device)
+        return diffusion.token_nll(self(x0).flatten(0, 1), x0.flatten()).view(x0.shape)
+
+    def loss(self, x0, cfg, generator=None, **kwargs):
+        """Next-token cross-entropy, nats per token. Nothing is hidden: masks, times and word starts are not used."""
+        return self.token_nll(x0).mean()
+
+    @torch.no_grad()
+    def nll(self, x0):
+        """Exact -log p of each row of x0 (B, T): (B,) nats per token, the unit of diffusion.bound."""
+        return self.token_nll(x0).mean(1).cpu()
+
+    def flops(self, T, hidden=None):
+        """As of a denoiser, but the head counts everywhere: all T tokens are predicted."""
+        return super().flops(T, T)

@@ -1,4 +1,4 @@
-"""Run folders → one PNG: training loss and validation bound against optimizer steps.
+"""Run folders → one PNG: training loss and validation against optimizer steps.
 
 python plot.py checkpoints/quickstart            # writes checkpoints/quickstart/loss.png
 """
@@ -57,7 +57,7 @@ def main():
                     name, (steps[-1], bits), textcoords="offset points", xytext=(0, 3), ha="right", color="grey"
                 )
     left.set(title="training loss", xlabel="optimizer step", ylabel="nats per token")
-    right.set(title="validation bound", xlabel="optimizer step", ylabel="bits per byte")
+    right.set(title="validation", xlabel="optimizer step", ylabel="bits per byte")
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

@@ -3,6 +3,8 @@
     python sample_diffusion.py --prompt "एक दिन" --max_new_tokens 64 --steps 16
     python sample_diffusion.py --prompt "मैं कल ___ गया था" --html replay.html      # ___5___ is a blank of five tokens
 
+An autoregressive checkpoint continues a prompt from left to right, one token a forward, and cannot fill blanks;
+--strategy, --steps, --threshold and --confidence_stop are for denoisers and change nothing there.
 Counted are the tokens that are shown and were not given; forwards are passes through the model, of the whole batch.
 """
 
@@ -96,6 +98,8 @@ def generate(loaded, prompts, cfg, on_step=None):
     A blank of free length is tried in every length, each a row; the row whose tokens were surest on average wins.
     """
     tokenizer, denoiser = loaded.tokenizer, loaded.denoiser
+    blanks, causal = any(BLANK.search(prompt) for prompt in prompts), hasattr(denoiser, "extend")
+    check(not (causal and blanks), "an autoregressive model cannot fill blanks; leave ___ out, or name a denoiser")
     rows, groups = [], []  # groups: one a sample, the rows that compete for it
     for prompt in prompts:
         options = canvases(prompt, tokenizer, denoiser.mask_id, cfg.max_new_tokens, denoiser.config.max_seq_len)
@@ -105,13 +109,17 @@ def generate(loaded, prompts, cfg, on_step=None):
     x, lengths = right_padded(rows, tokenizer.pad_id, next(denoiser.parameters()).device)
     given, log_p, steps = x != denoiser.mask_id, torch.zeros(x.shape, device=x.device), []
     never = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id]
-    if any(BLANK.search(prompt) for prompt in prompts):
+    if blanks:
         never.append(tokenizer.eos_id)  # it has no text: a blank would show fewer tokens than it was given
     start, seconds = time.perf_counter(), []
-    names = ("strategy", "steps", "temperature", "top_k", "top_p", "threshold", "confidence_stop")
-    options = {k: getattr(cfg, k) for k in names}
-    generator = torch.Generator().manual_seed(cfg.seed)
-    for step in sampling.denoise(denoiser, x, **options, forbid=never, lengths=lengths, generator=generator):
+    drawing = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, forbid=never)
+    drawing["generator"] = torch.Generator().manual_seed(cfg.seed)
+    if causal:
+        decoding = sampling.write(denoiser, x, **drawing)
+    else:
+        choosing = {k: getattr(cfg, k) for k in ("strategy", "steps", "threshold", "confidence_stop")}
+        decoding = sampling.denoise(denoiser, x, lengths=lengths, **choosing, **drawing)
+    for step in decoding:
         log_p += torch.where(step.revealed, step.confidence.clamp(min=1e-9).log(), 0.0)
         steps.append(step)
         seconds.append(time.perf_counter() - start)
@@ -145,9 +153,9 @@ def main():
 
     # a blank of free length is many canvases until the best is known, so only the others appear live
     screen = Screen() if cfg.live and sys.stdout.isatty() and not blanks else None
-    meta = dict(
-        model=str(loaded.path), strategy=cfg.strategy, steps=cfg.steps, temperature=cfg.temperature, seed=cfg.seed
-    )
+    causal = hasattr(loaded.denoiser, "extend")
+    choosing = {} if causal else dict(strategy=cfg.strategy, steps=cfg.steps)
+    meta = dict(model=str(loaded.path), **choosing, temperature=cfg.temperature, seed=cfg.seed)
     trace = traces.Trace(tokenizer, mask_id, prompts[0], meta)
 
     def show(step, length):
@@ -164,7 +172,7 @@ def main():
     print("\n\n".join(tokenizer.decode(ids) for ids in samples.texts))
     written, forwards, seconds = sum(samples.written), samples.steps[-1].forwards, samples.seconds[-1]
     print(
-        f"\n{written} tokens in {forwards} forwards of {cfg.steps} steps asked, "
+        f"\n{written} tokens in {forwards} forwards{'' if causal else f' of {cfg.steps} steps asked'}, "
         f"{written / max(1, forwards):.1f} tokens a forward, {written / seconds:,.0f} tokens/s "
         f"({seconds:.2f} s; {loaded.path}, step {loaded.step:,})"
     )

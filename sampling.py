@@ -3,6 +3,8 @@
     for step in denoise(denoiser, x, strategy="confidence", steps=16, generator=g):     # x (B, T) holds MASK
         print(step.forwards, step.x)                                                    # the last step has no MASK
 
+    for step in write(gpt, x, generator=g): ...       # the autoregressive twin: from left to right, one token a forward
+
 Each step makes one forward, first chooses positions (a strategy: a small function in STRATEGIES), then draws their
 tokens. Given tokens may stand anywhere, so that continuing, infilling and writing freely are the same thing.
 Shapes: B rows, T tokens, V real tokens, N open positions of the whole batch.
@@ -12,6 +14,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass
@@ -94,6 +97,24 @@ def draw(probs, generator=None):
     )  # u rounded up to 1: the last possible token
 
 
+def check_drawing(temperature, top_k, top_p):
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, needs to be 0 or more")
+    if not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(f"top_p is {top_p} and top_k {top_k}; they need 0 < top_p <= 1 and top_k >= 0")
+
+
+def allowed(logits, forbid, step):
+    """logits (N, V) of a step's forward in fp32, without the ids `forbid`. Raises FloatingPointError: not finite."""
+    logits = logits.float()
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError(f"the model's logits are not finite at step {step}; the checkpoint is broken")
+    if len(forbid):
+        never = torch.tensor(forbid, device=logits.device)
+        logits = logits.index_fill(1, never, -math.inf)  # a copy: the tensor may be the model's own
+    return logits
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
@@ -126,10 +147,7 @@ def denoise(
         raise ValueError(f"strategy {strategy!r} is not one of {', '.join(STRATEGIES)}")
     if steps < 1:
         raise ValueError(f"{steps} steps cannot fill anything; use 1 or more")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, needs to be 0 or more")
-    if not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(f"top_p is {top_p} and top_k {top_k}; they need 0 < top_p <= 1 and top_k >= 0")
+    check_drawing(temperature, top_k, top_p)
     if not 0 <= confidence_stop <= 1:
         raise ValueError(f"confidence_stop is {confidence_stop}, needs 0 <= confidence_stop <= 1; 0 is off")
     x = x.clone()
@@ -145,12 +163,7 @@ def denoise(
         where = is_open.flatten().nonzero().squeeze(1)  # (N,)
         if len(where) == 0:
             return
-        logits = denoiser(x, where, lengths).float()  # (N, V)
-        if not torch.isfinite(logits).all():
-            raise FloatingPointError(f"the model's logits are not finite at step {i + 1}; the checkpoint is broken")
-        if len(forbid):
-            never = torch.tensor(forbid, device=device)
-            logits = logits.index_fill(1, never, -math.inf)  # a copy: the tensor may be the model's own
+        logits = allowed(denoiser(x, where, lengths), forbid, i + 1)  # (N, V)
         probs = logits.softmax(1)
         sure = torch.ones(B * T, device=device)  # 1 where nothing is open
         sure[where] = probs.amax(1)
@@ -170,3 +183,32 @@ def denoise(
         sure[where[chosen]] = probs[chosen].gather(1, token[:, None]).squeeze(1)
         is_open = is_open & ~reveal
         yield Step(x.clone(), reveal, sure.view(B, T), i + 1)
+
+
+@torch.no_grad()
+def write(gpt, x, temperature=1.0, top_k=0, top_p=1.0, forbid=(), generator=None):
+    """Fill every MASK of x (B, T) from left to right by the autoregressive twin; yields a Step after each forward.
+
+    Rows may be open at different places: each place is drawn in all rows that want it, and what was given or drawn
+    before is read once, by way of the cache. Nothing to the right is seen, so that a blank would be filled blindly.
+    A Step's confidence is 0 where a place is still open. Settings and errors are those of `denoise`.
+    """
+    check_drawing(temperature, top_k, top_p)
+    (B, T), device = x.shape, x.device
+    inputs = F.pad(x, (1, 0), value=gpt.mask_id)  # (B, 1 + T) a copy, BOS in front
+    x = inputs[:, 1:]  # what is written here is read there
+    is_open = x == gpt.mask_id  # (B, T)
+    places = is_open.any(0).nonzero().flatten().tolist()
+    if not places:
+        yield Step(x.clone(), is_open, torch.ones(B, T, device=device), 0)
+    cache, read = gpt.cache(B, T), 0
+    for i, t in enumerate(places):
+        reveal = is_open & (torch.arange(T, device=device) == t)  # (B, T)
+        rows = reveal[:, t]
+        logits = gpt.extend(inputs[:, read : t + 1], cache, read)  # (B, V)
+        logits, read = allowed(logits[rows], forbid, i + 1), t + 1  # (n, V)
+        x[rows, t] = draw(filter_probs(logits, temperature, top_k, top_p), generator)  # (n,)
+        is_open = is_open & ~reveal
+        sure = (~is_open).float()
+        sure[rows, t] = logits.softmax(1).gather(1, x[rows, t][:, None]).squeeze(1)
+        yield Step(x.clone(), reveal, sure, i + 1)

@@ -263,7 +263,7 @@ def train(kind, mask, sizes, run, quiet=False):
                             seconds={"validation": time.perf_counter() - start},
                         )
                     )
-                    say(f"step {step:,}: validation bound {bits:.4f} bits/byte, {nats:.4f} nats/token")
+                    say(f"step {step:,}: validation {valid['likelihood']} {bits:.4f} bits/byte, {nats:.4f} nats/token")
                 if show:
                     view = checkpoint.Loaded(model, tokenizer, config, step, kind, out)
                     prompts = [p for p in PROMPTS if len(tokenizer.encode(p)) <= run.seq_len // 2] or [""]
@@ -365,7 +365,8 @@ def train(kind, mask, sizes, run, quiet=False):
         say(f"stopped at step {step:,}, saved in {out}; --resume goes on")
         sys.exit(128 + (caught[0] if caught else signal.SIGTERM))
     if first:
-        say(f"done: {step:,} steps in {seconds:,.0f} s of training, best bound {best:.4f} bits/byte, see {out}")
+        what = f"best {valid['likelihood']} {best:.4f} bits/byte"
+        say(f"done: {step:,} steps in {seconds:,.0f} s of training, {what}, see {out}")
         if run.check:
             evaluate.run(EvaluateConfig(str(out), run.data_dir, device=run.device, check=True))
     if world > 1:

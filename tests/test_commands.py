@@ -15,7 +15,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, hindi, make_data, train
+from conftest import ROOT, TINY, flags, hindi, make_data, metrics, train
 from toys import KINDS
 
 import checkpoint
@@ -24,10 +24,12 @@ import dataset
 import model
 import sample_diffusion
 import sampling
+import train_autoregressive
 
 SCRIPTS = {
     "prepare": [config.PrepareConfig],
     "train_diffusion": [config.MaskConfig, config.TransformerConfig, config.TrainConfig],
+    "train_autoregressive": [config.MaskConfig, config.AutoregressiveConfig, config.TrainConfig],
     "sample_diffusion": [config.SampleConfig],
     "sample_eco_hybrid": [config.SampleConfig],
     "evaluate": [config.EvaluateConfig],
@@ -443,3 +445,75 @@ def test_the_lengths_of_a_free_blank(trained):
     rows = sample_diffusion.canvases("राम ___ था", loaded.tokenizer, loaded.denoiser.mask_id, 64, 32)
     assert [row.count(loaded.denoiser.mask_id) for row in rows] == list(range(1, 9))
     assert loaded.tokenizer.decode([i for i in rows[0] if i != loaded.denoiser.mask_id]) == "राम था"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the autoregressive twin
+
+
+@pytest.fixture(scope="module")
+def twin(data, tmp_path_factory):
+    """A run of train_autoregressive.py, by way of its main. Not to be written to."""
+    out = tmp_path_factory.mktemp("runs") / "twin"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as e:
+        more = ["--sample_interval", 4, "--dropout", 0, "--weight_decay", 0.3, "--seq_len", 32]
+        patch.setattr(sys, "argv", ["train_autoregressive.py", *flags(data, out, *more)])
+        config.run_main(train_autoregressive.main)
+    assert not e.value.code
+    return out
+
+
+def test_the_twin_is_trained_and_evaluated_beside_a_denoiser(command, trained, twin, tmp_path):
+    run = json.loads((twin / "config.json").read_text("utf-8"))
+    other = json.loads((trained / "config.json").read_text("utf-8"))
+    assert run["kind"] == "autoregressive" and run["parameters"] == other["parameters"]
+    assert run["weight_decay"] == 0.3 and run["data_sha256"] == other["data_sha256"]
+    records = metrics(twin)
+    losses = [m["loss"] for m in records if "loss" in m]
+    assert losses[0] == pytest.approx(math.log(360), rel=0.05) and losses[-1] < 0.95 * losses[0]
+    assert [m["step"] for m in records if "samples" in m] == [4, 8, 12]
+    bits = [m["bits_per_byte"] for m in records if "bits_per_byte" in m]
+    assert checkpoint.read(twin / "best.pt")["best"] == min(bits)
+
+    ours, theirs = (shutil.copytree(run, tmp_path / run.name) for run in (twin, trained))
+    assert command("evaluate", "--ckpt", theirs, "--masks", 2).code == 0
+    result = command("evaluate", "--ckpt", ours, "--against", theirs, "--masks", 4, "--batch_size", 5)
+    assert result.code == 0 and "exact likelihood" in result.out and "hidden" not in result.out, result.err
+    a, b = (json.loads((out / "eval.json").read_text("utf-8")) for out in (ours, theirs))
+    assert list(a) == list(b) and a["per_window"]["bytes"] == b["per_window"]["bytes"]
+    difference = a["bits_per_byte"]["mean"] - b["bits_per_byte"]["mean"]
+    assert f"{difference:+.4f} ± " in result.out
+    limited = command("evaluate", "--ckpt", ours, "--max_windows", 8)  # as while training
+    assert f"{min(bits):.4f} ±" in limited.out
+
+
+def test_the_twin_continues_prompts(command, twin, tmp_path):
+    argv = ["sample_diffusion", "--ckpt", twin, "--prompt", "राम||सीता नदी के", "--max_new_tokens", 9]
+    result = command(*argv, "--html", tmp_path / "a.html", "--json", tmp_path / "a.json")
+    assert result.code == 0 and not result.err
+    texts = result.out.rsplit("\n\n", 1)[0].split("\n\n")
+    assert texts[0].startswith("राम") and texts[1].startswith("सीता नदी के") and "asked" not in result.out
+    tokens, forwards = map(int, re.search(r"(\d+) tokens in (\d+) forwards, ", result.out).groups())
+    assert tokens <= 18 and 9 <= forwards <= 18
+    trace = json.loads((tmp_path / "a.json").read_text("utf-8"))
+    holes = [step["tokens"].count(360) for step in trace["steps"]]
+    assert holes[0] == 9 and sorted(set(holes), reverse=True) == list(range(9, -1, -1)) and "steps" not in trace["meta"]
+    ignored = ["--steps", 2, "--strategy", "random", "--threshold", 0.1, "--confidence_stop", 0.1]
+    shown = lambda result: result.out.rsplit("\n\n", 1)[0]  # noqa: E731
+    assert shown(command(*argv, *ignored)) == shown(result)
+    assert shown(command(*argv, "--seed", 3)) != shown(result)
+    many = command("sample_diffusion", "--ckpt", twin, "--num_samples", 3, "--max_new_tokens", 4, "--temperature", 0)
+    assert many.code == 0 and "forwards, " in many.out and len(set(shown(many).split("\n\n"))) == 1
+
+
+@pytest.mark.parametrize("script, argv, words", [
+    ("sample_diffusion", ["--prompt", "राम ___ गया"], "cannot fill blanks"),
+    ("sample_diffusion", ["--prompt", "राम||___3___"], "cannot fill blanks"),
+    ("sample_diffusion", ["--max_new_tokens", "33"], "window holds 32"),
+    ("sample_diffusion", ["--temperature", "-1"], "--temperature is -1"),
+    ("train_autoregressive", ["--window", "4"], "--window is 4"),
+])  # fmt: skip
+def test_what_the_twin_refuses(command, data, twin, tmp_path, script, argv, words):
+    where = ["--ckpt", twin] if script == "sample_diffusion" else flags(data, tmp_path / "run")
+    result = command(script, *where, *argv)
+    assert result.code == 2 and words in result.error() and not result.out and not (tmp_path / "run").exists()

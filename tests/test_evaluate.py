@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from toys import Toy, fixed, seeded
+from toys import Toy, build, fixed, seeded
 
 import checkpoint
 import dataset
@@ -89,6 +89,31 @@ def test_cost_by_hidden_fraction(T):
         Toy(logits, V=2), two, [torch.zeros(T).long()], masks=1)["by_hidden_fraction"])  # fmt: skip
 
 
+@pytest.mark.parametrize("batch_size", [1, 4, 32])
+def test_an_exact_likelihood_is_scored_once_without_masks(tokenizer, batch_size):
+    """Each window against the sum of its tokens' log p; the same keys and units as a bound, and no mask anywhere."""
+    model, windows = build("autoregressive", vocab_size=tokenizer.vocab_size).eval(), scored(tokenizer)
+    result = evaluate.evaluate(model, tokenizer, windows, masks=3, seed=1, batch_size=batch_size)
+    nats = []
+    for w in windows:
+        log_p = model(w[None])[0].double().log_softmax(1)  # (T_w, V)
+        nats.append(-float(log_p[torch.arange(len(w)), w].sum()))
+    assert len({len(w) for w in windows}) == 2 and result["per_window"]["nats"] == pytest.approx(nats, abs=1e-3)
+    tokens, n_bytes, n_chars = (v.numpy() for v in evaluate.text_sizes(windows, tokenizer))
+    for name, value in (
+        ("nats_per_token", sum(nats) / tokens.sum()),
+        ("bits_per_byte", sum(nats) / math.log(2) / n_bytes.sum()),
+        ("bits_per_character", sum(nats) / math.log(2) / n_chars.sum()),
+    ):
+        assert result[name]["mean"] == pytest.approx(value, rel=1e-5)
+    residual = np.array(nats) - sum(nats) / tokens.sum() * tokens
+    error = (residual**2).sum() * len(nats) / (len(nats) - 1)
+    assert result["nats_per_token"]["standard_error"] == pytest.approx(error**0.5 / tokens.sum(), rel=1e-4)
+    bound = evaluate.evaluate(fixed(*[0.0] * tokenizer.vocab_size), tokenizer, windows, masks=1)
+    assert list(result) == list(bound) and (result["likelihood"], bound["likelihood"]) == ("exact", "bound")
+    assert result["masks"] == 0 and result["by_hidden_fraction"] == [] and bound["masks"] == 1
+
+
 def test_main_writes_what_evaluate_returns(command, trained, data, tmp_path):
     out = tmp_path / "eval.json"
     result = command("evaluate", "--ckpt", trained, "--masks", 4, "--output", out, "--device", "cpu", "--seed", 5)
@@ -111,7 +136,10 @@ def test_main_writes_what_evaluate_returns(command, trained, data, tmp_path):
 
 def scores(nats, n_bytes, **others):
     bits = sum(nats) / math.log(2) / sum(n_bytes)
-    keys = dict.fromkeys(evaluate.SAME, 0) | {"checkpoint": "runs/a/best.pt", "bits_per_byte": {"mean": bits}}
+    keys = dict.fromkeys((*evaluate.SAME, *evaluate.SAME_MASKS), 0) | {
+        "checkpoint": "runs/a/best.pt",
+        "bits_per_byte": {"mean": bits},
+    }
     return keys | {"per_window": {"nats": nats, "bytes": n_bytes}} | others
 
 
@@ -143,11 +171,27 @@ def test_pairs_of_several_seeds(capsys):
 
 def test_what_was_scored_otherwise_is_not_paired():
     a = scores([1.0, 2.0], [3, 4])
-    for other in (*({key: 1} for key in evaluate.SAME), {"per_window": {"nats": [1.0, 2.0], "bytes": [3, 5]}}):
+    same = (*evaluate.SAME, *evaluate.SAME_MASKS)
+    for other in (*({key: 1} for key in same), {"per_window": {"nats": [1.0, 2.0], "bytes": [3, 5]}}):
         with pytest.raises(ValueError, match="not scored alike: " + next(iter(other))):
             evaluate.paired(a, a | other)
     with pytest.raises(ValueError, match="not scored alike"):
         evaluate.paired(a, {k: v for k, v in a.items() if k != "per_window"})  # an older eval.json
+
+
+def test_an_exact_likelihood_pairs_with_any_masks():
+    """Masks, their seed and the batches are a bound's own affair; windows and data are not."""
+    bound = scores([7.0, 9.0], [10, 20], likelihood="bound", masks=16, seed=0, batch_size=32)
+    exact = scores([6.0, 9.5], [10, 20], likelihood="exact", masks=0, seed=3, batch_size=1)
+    difference = evaluate.paired(exact, bound)
+    assert difference[0] == pytest.approx(-0.5 / 30 / math.log(2)) and difference[1] > 0
+    assert evaluate.paired(bound, exact) == pytest.approx((-difference[0], difference[1]))
+    assert evaluate.paired(exact, exact | {"batch_size": 9}) == (0, 0)
+    for key in evaluate.SAME:
+        with pytest.raises(ValueError, match=f"not scored alike: {key}"):
+            evaluate.paired(exact, bound | {key: 1})
+    with pytest.raises(ValueError, match="not scored alike: per_window"):
+        evaluate.paired(exact, bound | {"per_window": {"nats": [7.0, 9.0], "bytes": [10, 21]}})
 
 
 def test_against_by_command(command, trained, data, tmp_path):

@@ -23,7 +23,8 @@ VARIANTS = {  # name -> kind, sizes
     "local": ("transformer", dict(n_layers=3, window=4)),  # two local layers, a full one
     "hybrid": ("eco_hybrid", dict(attn_every=2)),  # one layer of each sort
 }
-each_kind = pytest.mark.parametrize("kind", [*KINDS, *VARIANTS])
+each_kind = pytest.mark.parametrize("kind", [*KINDS, *VARIANTS])  # the denoisers
+each_model = pytest.mark.parametrize("kind", [*checkpoint.MODELS, *VARIANTS])
 
 
 def build(kind, **sizes):
@@ -63,13 +64,13 @@ def test_logits_have_no_column_for_mask_and_a_tied_head(kind):
     assert not torch.allclose(model(x), logits)
 
 
-@each_kind
+@each_model
 def test_every_parameter_gets_a_gradient(kind):
     model = build(kind)
     model.loss(canvas().clamp(max=V - 1), MaskConfig(), seeded()).backward()
     for name, p in model.named_parameters():
         assert torch.isfinite(p.grad).all(), name
-        assert (p.grad.reshape(len(p), -1).abs().sum(1) > 0).all(), name  # every row, that of MASK too
+        assert (p.grad.reshape(len(p), -1).abs().sum(1) > 0).all(), name  # every row, that of MASK or BOS too
 
 
 @each_kind
@@ -136,7 +137,7 @@ def test_heads_begin_at_neighbours():
     assert (scores[:, 8].argmax(1) - 8).tolist() == [-1, 1, -2, 2]
 
 
-@each_kind
+@each_model
 def test_neighbours_in_the_batch_and_padding_change_nothing(kind):
     model, x = build(kind).eval(), canvas(4)
     together = model(x)
@@ -153,7 +154,7 @@ def test_neighbours_in_the_batch_and_padding_change_nothing(kind):
     close(model(x, where, lengths), torch.cat(alone))
 
 
-@each_kind
+@each_model
 def test_what_is_refused(kind):
     model = build(kind)
     with pytest.raises(ValueError, match="17.*16"):
@@ -169,7 +170,7 @@ def test_what_is_refused(kind):
             build(kind, **sizes)
 
 
-@each_kind
+@each_model
 def test_dropout_in_training_alone(kind):
     model, x = build(kind, dropout=0.5), canvas()
     assert not torch.equal(model(x), model(x))
@@ -178,7 +179,7 @@ def test_dropout_in_training_alone(kind):
     close(model(x), build(kind)(x), 0)
 
 
-@each_kind
+@each_model
 def test_activation_checkpointing_changes_nothing(kind):
     model, x0, results, calls = build(kind, dropout=0.2), canvas().clamp(max=V - 1), [], []
     for m in model.modules():
@@ -208,7 +209,7 @@ def test_flops_are_those_that_run(kind, T, hidden):
     assert (beyond > 0) == (kind == "local") and (convolution > 0) == (kind in ("eco_hybrid", "hybrid"))
 
 
-@each_kind
+@each_model
 def test_initial_loss_is_that_of_a_uniform_guess(kind):
     kind, own = VARIANTS.get(kind, (kind, {}))
     config, model = checkpoint.MODELS[kind]
@@ -218,7 +219,7 @@ def test_initial_loss_is_that_of_a_uniform_guess(kind):
     assert abs(model.loss(x0, MaskConfig(), seeded()).item() - math.log(500)) < 0.1
 
 
-@each_kind
+@each_model
 def test_compile_is_reached_in_one_graph(kind):
     model, plain, graphs, ran = build(kind, n_layers=1), build(kind, n_layers=1), [], []
 
@@ -319,7 +320,7 @@ def test_orthogonalize():
     assert torch.equal(orthogonalize(torch.zeros(1, 4, 6)), torch.zeros(1, 4, 6))
 
 
-@each_kind
+@each_model
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_every_parameter_has_one_optimizer_and_only_matrices_decay(kind, name):
     model = build(kind)
