@@ -364,8 +364,6 @@ def prepare(argv):
 # EcoHybrid's fall: the derived crossover T* is the first T at which EcoHybrid needs no more of them.
 
 LOCAL = 128  # window of the local baseline
-YOUNG = multiprocessing.get_context("forkserver")  # processes that have imported this file and done nothing else
-YOUNG.set_forkserver_preload(["benchmark"])
 TARGETS = {1024: 2.0, 2048: 3.0, 4096: 5.0}  # of pure EcoHybrid's training pass, on a CPU at the default sizes
 
 
@@ -415,6 +413,8 @@ def peak_of(call, device):
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
+    if not Path("/proc/self/clear_refs").exists():  # not Linux: it cannot be read
+        return None
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = resident(os.getpid())
     call()
@@ -474,7 +474,9 @@ def measure_length(sizes, T, run, repeats, device, dtype):
             model.train()
             peak = peak_of(lambda m=model: training_pass(m, *batch, autocast), device)
         else:
-            with concurrent.futures.ProcessPoolExecutor(1, mp_context=YOUNG) as pool:
+            young = multiprocessing.get_context("forkserver")  # has imported this file and done nothing else
+            young.set_forkserver_preload(["benchmark"])
+            with concurrent.futures.ProcessPoolExecutor(1, mp_context=young) as pool:
                 peak = pool.submit(training_peak, *rival[name], B, dtype).result()
         train, sample = (statistics.median(seconds[name][of][1:]) for of in ("train", "sample"))  # the first warms up
         operations = model.flops(T, T // 2)
@@ -529,7 +531,7 @@ def length(argv):
             spread = f"{1e3 * min(c['all_train']):,.1f}, {1e3 * max(c['all_train']):,.1f}"
             print(f"{T:>6}{row['B']:>6} {name:<12}{1e3 * c['train']:>11,.1f}{spread:>18}{c['train_speedup']:>7.2f}"
                   f"{c['derived_speedup']:>10.2f}{c['train_rate'] / 1e9:>9,.1f}{1e3 * c['sample']:>11,.1f}"
-                  f"{c['sample_speedup']:>7.2f}{c['peak_bytes'] / 2**20:>8,.0f}", flush=True)  # fmt: skip
+                  f"{c['sample_speedup']:>7.2f}{(c['peak_bytes'] or 0) / 2**20:>8,.0f}", flush=True)  # fmt: skip
 
     models = {name: model_class(config) for name, (model_class, config) in rivals(sizes).items()}
     needed = {name: functools.partial(model.flops, hidden=0) for name, model in models.items()}  # the head cancels out
@@ -549,7 +551,8 @@ def length(argv):
         print(f"{name}: measured / derived: speed-up {tell['speedup']}, growth of its own cost since T = {reference:,} "
               f"{tell['growth']}")  # fmt: skip
     targets = []
-    defaults = all(getattr(sizes, n) == getattr(EcoHybridConfig, n) for n in ("d_model", "n_layers", "n_heads", "d_ff"))
+    names = ("d_model", "n_layers", "n_heads", "d_ff", "memory_slots", "conv_kernel")
+    defaults = all(getattr(sizes, name) == getattr(EcoHybridConfig, name) for name in names)
     for row in rows if device.type == "cpu" and defaults else ():
         if goal := TARGETS.get(row["T"]):
             reached = row["models"]["eco"]["train_speedup"]

@@ -96,11 +96,11 @@ def spread(texts):
     return (len(set(pairs)) / len(pairs) if pairs else 0.0), (1 - len(set(fours)) / len(fours) if fours else 1.0)
 
 
-def real_spread(train, draws=200):
-    """Mean `spread` of as much real text as is sampled: random pieces of the training text (tokens,)."""
-    pieces = [w.tolist() for w in dataset.windows(train, NEW, 4096)]
+def real_spread(train, n=4, length=NEW, draws=200):
+    """Mean `spread` of as much real text as is sampled: n random pieces of the training text (tokens,)."""
+    pieces = [w.tolist() for w in dataset.windows(train, length, 4096)]
     random = np.random.default_rng(0)
-    chosen = [random.permutation(len(pieces))[: len(PROMPTS)] for _ in range(draws)]
+    chosen = [random.permutation(len(pieces))[:n] for _ in range(draws)]
     return np.mean([spread([pieces[i] for i in row]) for row in chosen], axis=0).tolist()
 
 
@@ -231,10 +231,12 @@ def main():
     if code == 0:
         checks.append(check_bound(json.loads((out / "eval.json").read_text(encoding="utf-8"))))
         loaded = checkpoint.load(out, device)
-        samples = sample_diffusion.generate(loaded, PROMPTS, SampleConfig(max_new_tokens=NEW))
+        new = min(NEW, seq_len // 2)  # a short window holds fewer tokens, and perhaps not all prompts
+        prompts = [p for p in PROMPTS if len(loaded.tokenizer.encode(p)) <= seq_len - new] or [""]
+        samples = sample_diffusion.generate(loaded, prompts, SampleConfig(max_new_tokens=new))
         texts = [loaded.tokenizer.decode(ids) for ids in samples.texts]
         written = [ids[len(ids) - n :] for ids, n in zip(samples.texts, samples.written, strict=True)]
-        checks += check_collapse(written, real_spread(data.train))
+        checks += check_collapse(written, real_spread(data.train, len(prompts), new))
         lap("samples")
         print("\n" + "\n\n".join(texts))
 

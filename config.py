@@ -113,7 +113,7 @@ class TransformerConfig:
     n_heads: int = knob(8, "attention heads")
     d_ff: int = knob(1024, "inner width of the SwiGLU")
     dropout: float = knob(0.0, "dropout on each residual branch; 0 is off")
-    window: int = knob(0, "attention reaches half of this many tokens to each side, in every third layer all; 0: all")
+    window: int = knob(0, "local attention: half of these tokens to each side, every third layer sees all; 0: all do")
 
     def __post_init__(self):
         check(
@@ -131,19 +131,19 @@ class EcoHybridConfig(TransformerConfig):
 
     memory_slots: int = knob(32, "slots of the memory, anchored along the longest window")
     conv_kernel: int = knob(7, "positions that the local convolution reads, odd")
+    window: int = knob(0, "the convolution is what is local here", flag=False)
     attn_every: int = knob(4, "every n-th layer is a Transformer block with full attention; 0: none is")
 
     def __post_init__(self):
         super().__post_init__()
-        check(
-            self.window == 0, f"--window is {self.window}: that is for train_diffusion.py, EcoHybrid is local already"
-        )
-        check(self.memory_slots >= 1, f"--memory_slots is {self.memory_slots}, needs to be 1 or more")
+        check(self.window == 0, f"window is {self.window}: EcoHybrid is local already, windows are for the Transformer")
+        check(self.memory_slots >= 2, f"--memory_slots is {self.memory_slots}, needs to be 2 or more")
         check(
             self.conv_kernel >= 1 and self.conv_kernel % 2 == 1,
             f"--conv_kernel is {self.conv_kernel}, needs to be odd and 1 or more",
         )
         check(self.attn_every >= 0, f"--attn_every is {self.attn_every}, needs to be 0 or more")
+        check(self.attn_every != 1, "--attn_every is 1: that is the Transformer of train_diffusion.py; take 0, or 2 on")
 
 
 @dataclass
@@ -337,13 +337,8 @@ class ColabConfig:
         check(not (self.data_dir and self.dataset), "--data_dir and --dataset exclude each other")
         for name in ("max_steps", "save_interval", "log_interval"):
             check(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}, needs to be 1 or more")
-        for name in ("batch_size", "grad_accum"):
+        for name in ("seq_len", "batch_size", "grad_accum"):
             check(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, needs to be 0 or more")
-        least = 64 + max(len(prompt.encode()) for prompt in PROMPTS) + 1  # 64 new tokens behind a prompt in bytes
-        check(
-            self.seq_len == 0 or self.seq_len >= least,
-            f"--seq_len is {self.seq_len}, needs to be {least} or more, so that the prompts of the check fit",
-        )
 
 
 PROMPTS = ("मुझे एक अच्छी कहानी सुनाओ", "भारत में आज मौसम", "mai kal bazaar gaya tha aur", "yaar mujhe samajh nahi aa raha")

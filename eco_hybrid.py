@@ -1,11 +1,12 @@
-"""EcoHybrid: a denoiser whose cost grows linearly with the length: local convolution, and a memory of M slots.
+"""EcoHybrid: a denoiser of local convolution and a memory of M slots, with a full-attention layer now and then or none.
 
     python train_eco_hybrid.py --preset tiny --data_dir data/processed --output_dir checkpoints/eco_hybrid_hi
 
 A layer: write (slots look at the visible tokens) → think (slots look at each other, SwiGLU) → mix (gated depthwise
 convolution over neighbours) → read (tokens look at the slots) → SwiGLU. With `attn_every` n, every n-th layer is a
-Transformer block instead. About two fifths of a layer's parameters work on the slots alone, whose cost all tokens
-share: so it is faster than a Transformer of as many parameters. docs/ECO_HYBRID_THEORY.md has costs and evidence.
+Transformer block instead; without these its cost grows linearly with the length. About two fifths of a layer's
+parameters work on the slots alone, whose cost all tokens share: so it is faster than a Transformer of as many
+parameters. docs/ECO_HYBRID_THEORY.md has costs and evidence.
 Shapes: B rows, T tokens, M slots, C width, H heads, A width of the attention between tokens and slots, about C / 4.
 """
 
@@ -52,12 +53,16 @@ def narrow_width(config):
     return max(1, config.d_model // config.n_heads // 4) * config.n_heads
 
 
-def swiglu_width(config):
-    """Inner width of the two SwiGLUs that gives a layer as many parameters as a Transformer block has at d_ff."""
+def swiglu_widths(config):
+    """Inner widths of the tokens' and the slots' SwiGLU: a layer gets as many parameters as a Transformer block.
+
+    A d_ff far below the width leaves nothing for them: they are 1 then, and the layer is larger.
+    """
     C, A = config.d_model, narrow_width(config)
     transformer = 4 * C * C + 3 * C * config.d_ff
     others = 3 * C * C + 12 * C * A + (config.conv_kernel + config.memory_slots / config.n_layers) * C
-    return max(1, round((transformer - others) / (6 * C)))
+    both = max(2, round((transformer - others) / (3 * C)))
+    return both - both // 2, both // 2
 
 
 class EcoBlock(nn.Module):
@@ -65,14 +70,14 @@ class EcoBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        C, A, f = config.d_model, narrow_width(config), swiglu_width(config)
+        C, A, (f, f_slots) = config.d_model, narrow_width(config), swiglu_widths(config)
         self.n_heads, self.n_slots = config.n_heads, config.memory_slots
         self.norm_mix, self.norm_read, self.norm_ff = RMSNorm(C), RMSNorm(C), RMSNorm(C)  # tokens
         self.norm_write, self.norm_think, self.norm_slot_ff, self.norm_slots = (RMSNorm(C) for _ in range(4))  # slots
         self.write_q, self.write_kv = nn.Linear(C, A, bias=False), nn.Linear(C, 2 * A, bias=False)
         self.write_out = nn.Linear(A, C, bias=False)
         self.think_qkv, self.think_out = nn.Linear(C, 3 * A, bias=False), nn.Linear(A, C, bias=False)
-        self.slot_ff = SwiGLU(C, f)
+        self.slot_ff = SwiGLU(C, f_slots)
         self.mix_in, self.mix_out = nn.Linear(C, 2 * C, bias=False), nn.Linear(C, C, bias=False)
         self.kernel = nn.Parameter(torch.empty(config.conv_kernel, C))
         self.read_q, self.read_kv = nn.Linear(C, A, bias=False), nn.Linear(C, 2 * A, bias=False)
@@ -117,7 +122,7 @@ class EcoBlock(nn.Module):
         slots = slots + drop(self.slot_ff(self.norm_slot_ff(slots)))
         # mix
         u, gate = self.mix_in(h).chunk(2, dim=-1)  # (B, T, C)
-        u = u if inside is None else u * inside
+        u = u if inside is None else u * inside.to(u.dtype)
         u = Depthwise.apply(u, 2 * self.kernel.to(u.dtype))  # the 2 belongs to the gate: it begins at 2σ(0) = 1
         x = x + drop(self.mix_out(torch.sigmoid(gate) * u))
         # read
@@ -126,10 +131,10 @@ class EcoBlock(nn.Module):
         return x + drop(self.ff(self.norm_ff(x))), slots
 
     def flops(self, T):
-        """As Block.flops: 2 · (T · (3C² + 4CA + kC + 3Cf) + M · (8CA + 3Cf) + (4T + 2 + 2M) · MA)."""
-        (k, C), M, A, f = self.kernel.shape, self.n_slots, len(self.write_q.weight), self.ff.down.in_features
-        tokens = T * (3 * C * C + 4 * C * A + k * C + 3 * C * f)
-        slots = M * (8 * C * A + 3 * C * f)
+        """As Block.flops: 2 · (T · (3C² + 4CA + kC + 3Cf) + M · (8CA + 3Cf) + (4T + 2 + 2M) · MA), each f its own."""
+        (k, C), M, A = self.kernel.shape, self.n_slots, len(self.write_q.weight)
+        tokens = T * (3 * C * C + 4 * C * A + k * C + 3 * C * self.ff.down.in_features)
+        slots = M * (8 * C * A + 3 * C * self.slot_ff.down.in_features)
         scores = (4 * T + 2 + 2 * M) * M * A  # and their products with the values: T + 1 keys, M, M
         return 2 * (tokens + slots + scores)
 
@@ -166,8 +171,7 @@ class EcoHybrid(Denoiser):
         inside = None if inside is None else inside[..., None].to(x.dtype)
         slots = self.slots.expand(len(x), -1, -1)  # (B, M, C)
         near = self.near[:, :T]
-        seen = near.mT.masked_fill(~visible[:, None, None], -math.inf)  # (B, H, M, T)
-        seen = F.pad(seen, (1, 0))
+        seen = F.pad(near.mT.masked_fill(~visible[:, None, None], -math.inf), (1, 0))  # (B, H, M, 1 + T)
         for block in self.blocks:
             if isinstance(block, EcoBlock):
                 x, slots = self.run(block, x, slots, seen, near, inside)

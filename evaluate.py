@@ -101,9 +101,11 @@ SAME_MASKS = ("masks", "seed", "batch_size")  # and two bounds; an exact likelih
 def paired(ours, theirs):
     """Bits/byte by which `ours` costs more than `theirs` (two eval.json) on the same windows and masks: (mean, SE)."""
     exact = "exact" in (ours.get("likelihood"), theirs.get("likelihood"))
-    for key in (*SAME, *(() if exact else SAME_MASKS), "per_window"):
-        a, b = (r.get(key) if key != "per_window" else r.get(key, {}).get("bytes") for r in (ours, theirs))
-        check(a == b, f"{ours['checkpoint']} and {theirs['checkpoint']} were not scored alike: {key} {a} and {b}")
+    unlike = f"{ours['checkpoint']} and {theirs['checkpoint']} were not scored alike: "
+    for key in (*SAME, *(() if exact else SAME_MASKS)):
+        check(ours.get(key) == theirs.get(key), f"{unlike}{key} {ours.get(key)} and {theirs.get(key)}")
+    a, b = (r.get("per_window", {}).get("bytes") for r in (ours, theirs))
+    check(a == b, f"{unlike}per_window, the bytes of the windows")
     a, b, n_bytes = (
         torch.tensor(v, dtype=torch.float64)
         for v in (ours["per_window"]["nats"], theirs["per_window"]["nats"], ours["per_window"]["bytes"])
@@ -202,7 +204,9 @@ def run(cfg):
 
 def main():
     (cfg,) = parse(__doc__, EvaluateConfig)
-    names, folders = cfg.ckpt.split(","), [Path(name) for name in cfg.against.split(",") if name]
+    names = [name.strip() for name in cfg.ckpt.split(",")]
+    folders = [Path(name.strip()) for name in cfg.against.split(",") if name.strip()]
+    check(all(names) or len(names) == 1, f"--ckpt {cfg.ckpt!r} names nothing between two commas")
     check(
         not folders or len(folders) == len(names), f"{len(names)} --ckpt cannot be paired with {len(folders)} --against"
     )
