@@ -421,6 +421,13 @@ def peak_of(call, device):
     return resident(os.getpid(), "VmHWM") - before
 
 
+def young_process():
+    """An executor of one process, which has imported this file and done nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmark"])
+    return concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
+
+
 def training_peak(model_class, config, B, dtype):
     """Peak bytes of an eager training pass beyond weights and gradients; to be run in a process of its own."""
     model, device, T = model_class(config), torch.device("cpu"), config.max_seq_len
@@ -474,9 +481,7 @@ def measure_length(sizes, T, run, repeats, device, dtype):
             model.train()
             peak = peak_of(lambda m=model: training_pass(m, *batch, autocast), device)
         else:
-            young = multiprocessing.get_context("forkserver")  # has imported this file and done nothing else
-            young.set_forkserver_preload(["benchmark"])
-            with concurrent.futures.ProcessPoolExecutor(1, mp_context=young) as pool:
+            with young_process() as pool:
                 peak = pool.submit(training_peak, *rival[name], B, dtype).result()
         train, sample = (statistics.median(seconds[name][of][1:]) for of in ("train", "sample"))  # the first warms up
         operations = model.flops(T, T // 2)
@@ -641,8 +646,9 @@ def teach_recall(model, pairs, run, autocast):
     generator = torch.Generator().manual_seed(run.seed)
     model.train()
     for step in range(run.max_steps):
+        rate = run.lr * train_diffusion.learning_rate(step, run)
         for group in (group for o in optimizers for group in o.param_groups):
-            group["lr"] = run.lr * train_diffusion.learning_rate(step, run)
+            group["lr"] = rate
         x0, masked, _ = recall_windows(pairs[step % len(pairs)], run.batch_size, run.seq_len, generator)
         training_pass(model, x0, x0.masked_fill(masked, model.mask_id), masked, autocast)
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip or math.inf)
