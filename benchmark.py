@@ -3,7 +3,6 @@
     python benchmark.py train               # the training loop against the plainest correct loop of the same model
     python benchmark.py prepare             # prepare.py: MB/s, and whether its memory grows with the corpus
     python benchmark.py length              # EcoHybrid against attention as the window grows, and a plot
-    python benchmark.py recall              # how many key-value pairs of a window EcoHybrid and attention find again
 
 A speed alone says more of the machine than of the code: what is compared takes turns in one process, and medians count.
 """
@@ -16,7 +15,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -608,130 +606,8 @@ def draw_lengths(figures, path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# recall
-#
-# Associative recall (Zoology, arXiv 2312.04927) as a denoiser meets it. In the first half of a window stand P keys,
-# each with its value behind it; in the second half a random half of these keys stands again, and the value is hidden.
-# Keys, values and the pairing are new in every window: a model has to look back, there is nothing to learn by heart.
-# Expected: a full-attention layer looks every pair up, however many there are; M slots of bounded width hold only so
-# many, and the pure EcoHybrid falls behind as P grows past M. The local Transformer has one full layer of four.
 
-SYMBOLS, FILLERS = 64, 8  # keys are ids 0..63, values 64..127, then what stands everywhere else
-QUESTIONS = 2000  # asked for each P in the evaluation, at least
-
-
-def pair_places(B, n, size, generator):
-    """n pairs of neighbouring places in a row of `size`: where they begin (B, n), rising; all choices are alike."""
-    drawn = torch.rand(B, size - n, generator=generator).argsort(1)[:, :n]  # each pair shrunk to one place
-    return drawn.sort(1).values + torch.arange(n)
-
-
-def recall_windows(P, B, T, generator):
-    """x0 (B, T), which of it is hidden (B, T) bool, and there how many tokens back the same value stands (B, T)."""
-    x0 = torch.randint(2 * SYMBOLS, 2 * SYMBOLS + FILLERS, (B, T), generator=generator)
-    keys = torch.rand(B, SYMBOLS, generator=generator).argsort(1)[:, :P]  # (B, P) distinct
-    values = torch.randint(SYMBOLS, 2 * SYMBOLS, (B, P), generator=generator)
-    pairs = pair_places(B, P, T // 2, generator)
-    asked = torch.rand(B, P, generator=generator).argsort(1)[:, : (P + 1) // 2]  # (B, Q) in random order
-    questions = T // 2 + pair_places(B, asked.shape[1], T // 2, generator)
-    x0.scatter_(1, pairs, keys).scatter_(1, pairs + 1, values)
-    x0.scatter_(1, questions, keys.gather(1, asked)).scatter_(1, questions + 1, values.gather(1, asked))
-    back = torch.zeros_like(x0).scatter_(1, questions + 1, questions - pairs.gather(1, asked))
-    return x0, back > 0, back
-
-
-def teach_recall(model, pairs, run, autocast):
-    """Train on the cross-entropy at the hidden values alone; the numbers of pairs take turns."""
-    optimizers = optimizer.make_optimizers(model, run.optimizer, run.lr, run.weight_decay, run.beta2)
-    generator = torch.Generator().manual_seed(run.seed)
-    model.train()
-    for step in range(run.max_steps):
-        rate = run.lr * train_diffusion.learning_rate(step, run)
-        for group in (group for o in optimizers for group in o.param_groups):
-            group["lr"] = rate
-        x0, masked, _ = recall_windows(pairs[step % len(pairs)], run.batch_size, run.seq_len, generator)
-        training_pass(model, x0, x0.masked_fill(masked, model.mask_id), masked, autocast)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip or math.inf)
-        for o in optimizers:
-            o.step()
-            o.zero_grad()
-
-
-@torch.no_grad()
-def ask_recall(model, P, run, autocast):
-    """Windows that training has not seen: for every question whether it was answered, and its distance, (N,) each."""
-    generator, right, back = torch.Generator().manual_seed(run.seed + 1), [], []
-    device = next(model.parameters()).device
-    model.eval()
-    for _ in range(-(-QUESTIONS // (run.batch_size * ((P + 1) // 2)))):
-        x0, masked, distance = recall_windows(P, run.batch_size, run.seq_len, generator)
-        where = masked.flatten().nonzero().squeeze(1)
-        with autocast:
-            logits = model(x0.masked_fill(masked, model.mask_id).to(device), where.to(device))  # (N, V)
-        right.append(logits.argmax(1).cpu() == x0[masked])
-        back.append(distance[masked])
-    return torch.cat(right), torch.cat(back)
-
-
-def wilson(right, n, z=1.96):
-    """95 % interval of a share of which `right` of n were drawn (Wilson 1927): it stays within 0 and 1."""
-    middle, half = right + z * z / 2, z * math.sqrt(right * (n - right) / n + z * z / 4)
-    return max(0.0, (middle - half) / (n + z * z)), min(1.0, (middle + half) / (n + z * z))  # rounding left out
-
-
-def recall_figures(right, back):
-    """right and back (N,) of ask_recall; near and far are the nearest and the farthest third of the questions."""
-    right, third = right[back.argsort(stable=True)].double(), len(right) // 3
-    low, high = wilson(right.sum().item(), len(right))
-    return dict(questions=len(right), accuracy=right.mean().item(), low=low, high=high,
-                near=right[:third].mean().item(), far=right[-third:].mean().item())  # fmt: skip
-
-
-def recall(argv):
-    small = dict(d_model=64, n_layers=4, n_heads=4, d_ff=172, attn_every=4)
-    cfg, sizes, run = parse(__doc__, BenchmarkConfig, EcoHybridConfig, TrainConfig, argv=argv, **small, seq_len=256,
-                            batch_size=16, max_steps=1200, warmup=0.05, decay=0.95, amp="off")  # fmt: skip
-    pairs = [int(n) for n in cfg.pairs.split(",")]
-    most = min(SYMBOLS, run.seq_len // 4)
-    check(max(pairs) <= most, f"--pairs is {cfg.pairs}, {run.seq_len} tokens and {SYMBOLS} keys allow {most} at most")
-    check(0 < sizes.attn_every and sizes.attn_every // 2 < sizes.n_layers,
-          f"--attn_every {sizes.attn_every} gives the hybrid no full layer among {sizes.n_layers}")  # fmt: skip
-    sizes = dataclasses.replace(sizes, vocab_size=2 * SYMBOLS + FILLERS, max_seq_len=run.seq_len)
-    device = pick_device(run.device)
-    dtype = pick_precision(run.amp, device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
-    if run.threads:
-        torch.set_num_threads(run.threads)
-    facts = machine(device)
-    # who names any of the window's values, without its key, is right by 1 / P, or else by chance
-    guess = {P: 1 / P + (1 - 1 / P) / SYMBOLS for P in pairs}
-    print(f"{facts['device']}, {facts['threads']} threads; {run.max_steps} steps of {run.batch_size} × {run.seq_len} "
-          f"tokens; {sizes}")  # fmt: skip
-    print(f"right: share of hidden values named; chance is {1 / SYMBOLS:.3f}; blind: any value of the window, without "
-          "its key; near, far: a third each\n")  # fmt: skip
-    print(f"{'model':<12}{'parameters':>11}{'seconds':>9}{'pairs':>7}{'right':>8}{'95 %':>16}{'near':>8}{'far':>8}"
-          f"{'blind':>8}")  # fmt: skip
-    models = {}
-    for name, (model_class, config) in rivals(sizes).items():
-        torch.manual_seed(run.seed)
-        model = model_class(config).to(device)
-        seconds = timed(functools.partial(teach_recall, model, pairs, run, autocast), device)
-        answers = {P: recall_figures(*ask_recall(model, P, run, autocast)) for P in pairs}
-        parameters = sum(p.numel() for p in model.parameters())
-        models[name] = dict(parameters=parameters, seconds=seconds, pairs=answers)
-        for P, a in answers.items():
-            between = f"{a['low']:.3f} to {a['high']:.3f}"
-            print(f"{name:<12}{parameters:>11,}{seconds:>9,.0f}{P:>7}{a['accuracy']:>8.3f}{between:>16}"
-                  f"{a['near']:>8.3f}{a['far']:>8.3f}{guess[P]:>8.3f}", flush=True)  # fmt: skip
-    figures = dict(machine=facts, config=dataclasses.asdict(sizes) | dataclasses.asdict(run) | dict(local_window=LOCAL),
-                   chance=1 / SYMBOLS, blind=guess, models=models)  # fmt: skip
-    return cfg, figures
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-# each: argv -> its config, its figures, and what failed if it can
-BENCHMARKS = {"train": train, "prepare": prepare, "length": length, "recall": recall}
+BENCHMARKS = {"train": train, "prepare": prepare, "length": length}  # argv -> config, figures, what failed if it can
 
 
 def main():

@@ -1,19 +1,14 @@
 """benchmark.py: its figures, each computed another way. Sizes are tiny; what is checked is arithmetic, not speed."""
 
-import contextlib
 import functools
-import itertools
 import json
-import re
 import statistics
 import sys
-from unittest import mock
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from toys import Toy, surprise
 
 import benchmark
 import checkpoint
@@ -298,161 +293,8 @@ def test_flags_of_length_that_are_refused(capsys, monkeypatch):
         assert code == 2 and flags[0] in err and err.count("\n") == 1
 
 
-NO_VALUES = torch.tensor([*range(64), *range(128, 136)])  # ids of keys and fillers in windows of recall
-
-
-def windows(P, B=16, T=256, seed=0):
-    return benchmark.recall_windows(P, B, T, torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("P, T", [(1, 8), (2, 13), (3, 32), (16, 256), (64, 256)])
-def test_a_recall_window_is_what_its_definition_says(P, T):
-    """Row by row in plain Python, from the visible tokens alone."""
-    x0, masked, back = windows(P, B=8, T=T)
-    for tokens, hidden, distance in zip(x0.tolist(), masked.tolist(), back.tolist(), strict=True):
-        half = T // 2
-        book, asked, i = {}, [], 0
-        while i < T:
-            if tokens[i] >= 128:  # a filler
-                assert tokens[i] < 136 and not hidden[i]
-                i += 1
-                continue
-            key, value = tokens[i], tokens[i + 1]
-            assert 0 <= key < 64 <= value < 128 and not hidden[i]  # a key, and its value behind it
-            if i < half:
-                assert i + 1 < half and key not in book and not hidden[i + 1]
-                book[key] = (value, i)
-            else:
-                assert hidden[i + 1] and book[key][0] == value and distance[i + 1] == i - book[key][1]
-                asked.append(key)
-            i += 2
-        assert len(book) == P and len(set(asked)) == len(asked) == sum(hidden) == (P + 1) // 2
-        assert sum(d > 0 for d in distance) == len(asked)
-
-
-def test_recall_windows_are_random_in_everything():
-    """Chi-squares of keys, values, which pair is asked, where pairs begin; and of the value given its key."""
-    x0, masked, back = windows(4, B=4000, T=32)
-    key_places = (x0[:, :16] < 64).nonzero()
-    keys, values = x0[:, :16][x0[:, :16] < 64], x0[:, :16][(x0[:, :16] >= 64) & (x0[:, :16] < 128)] - 64
-    assert surprise(keys.bincount(minlength=64), torch.ones(64)) < 4
-    assert surprise(values.bincount(minlength=64), torch.ones(64)) < 4
-    assert surprise((keys // 8 * 8 + values // 8).bincount(minlength=64), torch.ones(64)) < 4  # the pairing
-    # every choice of places as often as any: 4 pairs and 8 fillers in a row of 16, pair i as first, second, ... of them
-    row = key_places[:, 1].view(-1, 4) - torch.arange(4)  # each pair shrunk to one place: 4 of 12
-    choices = (2**row).sum(1)
-    counts = torch.tensor([(choices == sum(2**i for i in c)).sum() for c in itertools.combinations(range(12), 4)])
-    assert counts.sum() == 4000 and surprise(counts, torch.ones(495)) < 4
-    # which pairs are asked, in which order: 12 cases
-    begin = masked.nonzero()[:, 1].view(-1, 2) - back[masked].view(-1, 2) - 1
-    which = (begin[:, :, None] == key_places[:, 1].view(-1, 1, 4)).long().argmax(2)  # (B, 2) of 4
-    cases = (which[:, 0] * 4 + which[:, 1]).bincount(minlength=16).view(4, 4)
-    assert cases.diagonal().sum() == 0 and surprise(cases[~torch.eye(4, dtype=torch.bool)], torch.ones(12)) < 4
-    # learned by heart: the commonest value of a key answers new windows no better than chance
-    table = torch.zeros(64, 64).index_put_((keys, values), torch.ones(()), accumulate=True).argmax(1)
-    x0, masked, _ = windows(4, B=4000, T=32, seed=1)
-    right = (table[x0[:, :-1][masked[:, 1:]]] + 64 == x0[masked]).double().mean().item()
-    assert abs(right - 1 / 64) < 4 * (63 / 64**2 / 8000) ** 0.5
-
-
-def test_recall_windows_follow_from_their_seed():
-    assert all(torch.equal(a, b) for a, b in zip(windows(8), windows(8), strict=True))
-    assert not torch.equal(windows(8)[0], windows(8, seed=1)[0])
-
-
-def look_up(x_t, copies=True):
-    """The logits of who reads on: behind a key the value that stands behind its other place; else any of the window."""
-    logits = torch.zeros(*x_t.shape, 136)
-    b, i = (x_t == 136).nonzero(as_tuple=True)
-    visible = x_t[b, : x_t.shape[1] // 2]  # (N, T / 2) of every question's window
-    place = (visible == x_t[b, i - 1, None] if copies else visible < 64).long().argmax(1)
-    logits[b, i, x_t[b, place + 1]] = 1
-    return logits
-
-
-@pytest.mark.parametrize("P", [4, 16, 64])
-def test_who_looks_the_pair_up_recalls_all_and_the_others_what_chance_gives(P):
-    run = TrainConfig(seq_len=256, batch_size=16)
-
-    def answers(f):
-        return benchmark.recall_figures(*benchmark.ask_recall(Toy(f, V=136), P, run, contextlib.nullcontext()))
-
-    perfect, blind = answers(look_up), answers(lambda x_t: look_up(x_t, copies=False))
-    assert perfect["accuracy"] == perfect["near"] == perfect["far"] == 1 and perfect["low"] > 0.998
-    assert perfect["high"] == pytest.approx(1)
-    assert 2000 <= perfect["questions"] < 2000 + 16 * (P + 1) // 2
-    noise = torch.Generator().manual_seed(5)
-    uniform = answers(lambda x_t: torch.randn(*x_t.shape, 136, generator=noise).index_fill(2, NO_VALUES, -99))
-    n = perfect["questions"]
-    for figures, expected in ((uniform, 1 / 64), (blind, 1 / P + (1 - 1 / P) / 64)):
-        # a window's questions are not independent of each other where all get the same answer
-        spread = (expected * (1 - expected) / n) ** 0.5
-        assert abs(figures["accuracy"] - expected) < 4 * spread
-        assert figures["low"] < figures["accuracy"] < figures["high"]
-
-
-def test_near_and_far_are_the_outer_thirds_by_distance():
-    back = torch.tensor([9, 1, 5, 3, 7, 8, 2])  # nearest two: 1, 2; farthest two: 9, 8
-    right = torch.tensor([False, True, False, False, True, True, True])
-    figures = benchmark.recall_figures(right, back)
-    assert (figures["near"], figures["far"], figures["accuracy"]) == (1.0, 0.5, 4 / 7)
-
-
-@pytest.mark.parametrize("right, n", [(0, 50), (7, 50), (25, 50), (50, 50), (1990, 2000)])
-def test_wilson_interval_holds_where_the_share_is_1_96_deviations_off(right, n):
-    """Its ends p solve |right / n - p| = z √(p (1 - p) / n)."""
-    for p in benchmark.wilson(right, n):
-        assert 0 <= p <= 1 + 1e-12 and abs(right / n - p) == pytest.approx(1.96 * (p * (1 - p) / n) ** 0.5, abs=1e-7)
-    low, high = benchmark.wilson(right, n)
-    assert low <= right / n <= high and low < high
-
-
-def test_recall_learns_one_pair_and_the_schedule_is_the_trainers():
-    """One pair in 16 tokens: its only value is the answer. Rates rise, fall to 0; weights at rate 0 stay."""
-    run = TrainConfig(seq_len=16, batch_size=32, max_steps=400, warmup=0.1, decay=0.9, amp="off")
-    model = make_model(T=16, V=136)
-    rates = []
-    real = benchmark.train_diffusion.learning_rate
-    with mock.patch.object(
-        benchmark.train_diffusion, "learning_rate", lambda step, run: rates.append(real(step, run)) or rates[-1]
-    ):
-        benchmark.teach_recall(model, [1], run, contextlib.nullcontext())
-    assert len(rates) == 400 and rates[0] < 0.2 and max(rates) == 1 and rates[-1] < 0.03
-    assert benchmark.ask_recall(model, 1, run, contextlib.nullcontext())[0].double().mean() > 0.9
-
-
-def test_recall_writes_a_row_for_every_model_and_number_of_pairs(tmp_path, capsys, monkeypatch):
-    sizes = "--d_model 16 --n_layers 2 --n_heads 2 --d_ff 24 --attn_every 2 --memory_slots 4 --seq_len 32".split()
-    flags = (*sizes, "--pairs", "1, 8", "--max_steps", 6, "--batch_size", 8, "--device", "cpu")
-    figures, outputs = [], []
-    for i in range(2):
-        code, out, err = command(capsys, monkeypatch, "recall", *flags, "--output", tmp_path / f"{i}.json")
-        assert (code, err) == (0, "")
-        figures.append(json.loads((tmp_path / f"{i}.json").read_text("utf-8")))
-        outputs.append(out)
-    first, second = (f["models"] for f in figures)
-    assert list(first) == ["transformer", "local", "eco", "hybrid"]
-    assert [len(re.findall(rf"^{name} ", outputs[0], re.MULTILINE)) for name in first] == [2] * 4
-    counts = [cell["parameters"] for cell in first.values()]
-    assert max(counts) < 1.02 * min(counts) and counts[0] == counts[1]
-    assert figures[0]["chance"] == 1 / 64 and figures[0]["blind"] == {"1": 1.0, "8": 1 / 8 + 7 / 512}
-    for name, cell in first.items():
-        assert cell["seconds"] > 0 and list(cell["pairs"]) == ["1", "8"]
-        assert cell["pairs"] == second[name]["pairs"]  # the same command, the same figures
-        for a in cell["pairs"].values():
-            assert a["questions"] >= 2000 and 0 <= a["low"] <= a["accuracy"] <= a["high"] <= 1
-    assert first["transformer"]["pairs"] != first["eco"]["pairs"]
-
-
-def test_flags_of_recall_that_are_refused(capsys, monkeypatch):
-    wrong = (("--pairs", "4,x"), ("--pairs", 0), ("--pairs", 65), ("--pairs", 9, "--seq_len", 32), ("--attn_every", 0))
-    for flags in (*wrong, ("--attn_every", 9)):
-        code, _, err = command(capsys, monkeypatch, "recall", *flags)
-        assert code == 2 and flags[0] in err and err.count("\n") == 1
-
-
 def test_an_unknown_benchmark_is_a_wrong_command(capsys, monkeypatch):
     code, _, err = command(capsys, monkeypatch, "nonsense")
-    assert code == 2 and "train, prepare, length, recall" in err and err.count("\n") == 1
+    assert code == 2 and "train, prepare, length" in err and err.count("\n") == 1
     assert command(capsys, monkeypatch, "train", "--unknown", 1)[0] == 2
     assert command(capsys, monkeypatch, "--help")[0] == 0
