@@ -41,10 +41,10 @@ MORE_REPEATS = 0.1  # share of repeated 4-grams above the real text's, at most
 
 
 def bytes_a_token(size, V):
-    """What a training forward keeps for its backward pass, in fp32: 27 tensors of the model's width a layer, measured,
-    taken as 30; and logits, of the half of the tokens that is hidden, with their softmax. bf16 takes two thirds."""
+    """What a training forward keeps for its backward pass, in fp32: 19 tensors of the model's width a layer, measured,
+    taken as 26; and logits, of the half of the tokens that is hidden, with their softmax."""
     c = dict(d_model=TransformerConfig.d_model, n_layers=TransformerConfig.n_layers) | PRESETS[size]
-    return 4 * (30 * c["n_layers"] * c["d_model"] + V)
+    return 4 * (26 * c["n_layers"] * c["d_model"] + V)
 
 
 def split(rows, most):

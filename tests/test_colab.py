@@ -230,7 +230,7 @@ def test_sizes_of_the_runbook():
 def test_what_is_given_stays():
     plan = lambda **given: colab.plan("laptop", 14.7 * GIB, 8192, **given)  # noqa: E731
     assert plan(batch_size=8) == (512, 8, 4) and plan(grad_accum=8) == (512, 4, 8)
-    assert plan(seq_len=1024) == (1024, 16, 1) and plan(seq_len=200) == (200, 81, 1)  # 98 would fit
+    assert plan(seq_len=1024) == (1024, 16, 1) and plan(seq_len=200) == (200, 81, 1)  # more would fit
     assert plan(seq_len=256, batch_size=3, grad_accum=5) == (256, 3, 5)
     assert plan(tokens=6 * 5 * 200, seq_len=200) == (200, 30, 1)
     assert colab.plan("laptop", 2 * GIB, 8192, tokens=6 * 5 * 200, seq_len=200) == (200, 10, 3)  # 13 fit
