@@ -179,6 +179,7 @@ class LanguageModel(nn.Module):
     token: in a canvas it marks what is to be written."""
 
     activation_checkpointing = False  # the trainer sets it
+    can_cache = False  # whether `forward` takes keys and values of what stands before x, see `cache`
 
     def __init__(self, config):
         super().__init__()
@@ -211,16 +212,17 @@ class LanguageModel(nn.Module):
         """x_t (B, T) -> hidden states (B, T, C), before the last norm. Subclasses implement it."""
         raise NotImplementedError
 
-    def forward(self, x_t, where=None, lengths=None):
+    def forward(self, x_t, where=None, lengths=None, **past):
         """Logits over the V real tokens: (B, T, V), or (N, V) at the flat positions `where` (N,).
 
         lengths (B,): rows are right-padded, and what lies behind a row's length changes nothing before it.
+        past: cache=, start=, where `can_cache`: x_t stands behind `start` tokens that the cache holds, and joins them.
         Raises ValueError if a row is longer than max_seq_len.
         """
-        T, limit = x_t.shape[1], self.config.max_seq_len
+        T, limit = x_t.shape[1] + past.get("start", 0), self.config.max_seq_len
         if T > limit:
             raise ValueError(f"{T} tokens are more than the model's {limit}")
-        h = self.trunk(x_t, lengths)  # (B, T, C)
+        h = self.trunk(x_t, lengths, **past)  # (B, T, C)
         if where is not None:
             h = h.flatten(0, 1)[where]  # (N, C)
         return self.head(h)
@@ -231,6 +233,13 @@ class LanguageModel(nn.Module):
     def loss(self, x0, cfg, generator=None, **kwargs):
         """What the training loop minimises, a scalar. Subclasses implement it."""
         raise NotImplementedError
+
+    def cache(self, B, T):
+        """Room for the keys and values of T positions in each Transformer block: (layers, 2, B, H, T, D)."""
+        if T > self.config.max_seq_len:
+            raise ValueError(f"{T} tokens are more than the model's {self.config.max_seq_len}")
+        H = self.config.n_heads
+        return self.embed.weight.new_empty(len(self.blocks), 2, B, H, T, self.config.d_model // H)
 
     def run(self, block, *inputs):
         """block(*inputs), computed once more in the backward pass where memory is to be saved."""
@@ -255,15 +264,17 @@ class Transformer(Denoiser):
         super().__init__(config)
         # local layers, and a full one every third: the baseline that efficient attention must beat (arXiv 2112.07210)
         self.init_blocks(0 if i % 3 == 2 else config.window for i in range(config.n_layers))
+        self.can_cache = not config.window
 
-    def trunk(self, x_t, lengths=None):
-        T = x_t.shape[1]
-        attend = None  # (B, 1, 1, T) bool where rows are padded
+    def trunk(self, x_t, lengths=None, cache=None, start=0):
+        end, attend, past = start + x_t.shape[1], None, None
         if lengths is not None:
-            attend = (torch.arange(T, device=x_t.device) < lengths[:, None])[:, None, None]
+            attend = (torch.arange(end, device=x_t.device) < lengths[:, None])[:, None, None]  # (B, 1, 1, end) bool
         x = self.embed(x_t)  # (B, T, C)
-        for block in self.blocks:
-            x = self.run(block, x, self.cos[:T], self.sin[:T], attend)
+        for i, block in enumerate(self.blocks):
+            if cache is not None:
+                past = cache[i, ..., :end, :]
+            x = self.run(block, x, self.cos[start:end], self.sin[start:end], attend, past)
         return x
 
 
@@ -294,13 +305,6 @@ class GPT(LanguageModel):
                 past = cache[i, ..., :end, :]
             x = self.run(block, x, self.cos[start:end], self.sin[start:end], attend, past)
         return x
-
-    def cache(self, B, T):
-        """Room for the keys and values of T positions in each layer, BOS among them: (layers, 2, B, H, T, D)."""
-        if T > self.config.max_seq_len:
-            raise ValueError(f"{T} tokens are more than the model's {self.config.max_seq_len}")
-        H = self.config.n_heads
-        return self.embed.weight.new_empty(len(self.blocks), 2, B, H, T, self.config.d_model // H)
 
     def extend(self, x, cache, start):
         """Logits (B, V) of the token behind x (B, N), whose keys and values join `cache` behind its first `start`."""
