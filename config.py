@@ -239,13 +239,19 @@ class SampleConfig:
     strategy: str = knob(
         "confidence",
         "which positions are decided first (sampling.STRATEGIES)",
-        ("random", "left_to_right", "confidence", "margin", "entropy", "threshold"),
+        ("random", "left_to_right", "confidence", "margin", "entropy", "threshold", "entropy_bounded"),
     )
     temperature: float = knob(0.7, "0 takes the likeliest token")
     top_k: int = knob(0, "draw from the k likeliest tokens; 0 is off")
     top_p: float = knob(1.0, "draw from the fewest tokens that hold this much probability; 1 is off")
     threshold: float = knob(0.9, "strategy threshold decides every position surer than this, and at least its quota")
+    entropy_bound: float = knob(0.1, "strategy entropy_bounded decides together what adds up to so many nats, and more")
     confidence_stop: float = knob(0.0, "finish a row early once all its open positions are surer than this; 0 is off")
+    block_length: int = knob(0, "write blocks of so many tokens from left to right, with a cache; 0: all at once")
+    remask: float = knob(0.0, "chance a step that a decided token is hidden again; 0 is off")
+    loop: float = knob(0.0, "with --remask: the part of the steps that only hides and decides again, at nine tenths")
+    min_new_tokens: int = knob(0, "tokens before the text may end")
+    no_repeat: int = knob(0, "never write the same n tokens in a row twice in a text; 0 is off")
     num_samples: int = knob(1, "samples a prompt, drawn in one batch")
     seed: int = knob(1337, "same seed, same text")
     live: bool = knob(True, "show the text appear when standard output is a terminal")
@@ -261,7 +267,14 @@ class SampleConfig:
         check(0 < self.top_p <= 1, f"--top_p is {self.top_p}, needs 0 < top_p <= 1")
         check(0 <= self.threshold <= 1, f"--threshold is {self.threshold}, needs 0 <= threshold <= 1")
         check(0 <= self.confidence_stop <= 1, f"--confidence_stop is {self.confidence_stop}, needs to be from 0 to 1")
-        check(self.max_new_tokens >= 0, f"--max_new_tokens is {self.max_new_tokens}, needs to be 0 or more")
+        for name in ("max_new_tokens", "min_new_tokens", "block_length", "entropy_bound"):
+            check(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, needs to be 0 or more")
+        check(
+            self.no_repeat == 0 or self.no_repeat > 1, f"--no_repeat is {self.no_repeat}, needs to be 0, or 2 or more"
+        )
+        check(0 <= self.remask <= 1, f"--remask is {self.remask}, needs to be from 0 to 1")
+        check(0 <= self.loop < 1, f"--loop is {self.loop}, needs 0 <= loop < 1")
+        check(self.remask > 0 or self.loop == 0, f"--loop is {self.loop}, which needs a --remask above 0")
         check(self.num_samples >= 1, f"--num_samples is {self.num_samples}, needs to be 1 or more")
 
 

@@ -83,6 +83,10 @@ class Screen:
         self.drawn = len(lines)
 
 
+# settings of sampling.denoise alone, by the names that their flags have
+CHOOSING = ("strategy", "steps", "threshold", "entropy_bound", "confidence_stop", "block_length", "remask", "loop")
+
+
 @dataclass
 class Samples:
     texts: list  # ids of each sample, cut at EOS
@@ -100,6 +104,7 @@ def generate(loaded, prompts, cfg, on_step=None):
     tokenizer, denoiser = loaded.tokenizer, loaded.denoiser
     blanks, causal = any(BLANK.search(prompt) for prompt in prompts), hasattr(denoiser, "extend")
     check(not (causal and blanks), "an autoregressive model cannot fill blanks; leave ___ out, or name a denoiser")
+    check(not (cfg.block_length and blanks), "blanks need what stands behind them: leave --block_length out")
     rows, groups = [], []  # groups: one a sample, the rows that compete for it
     for prompt in prompts:
         options = canvases(prompt, tokenizer, denoiser.mask_id, cfg.max_new_tokens, denoiser.config.max_seq_len)
@@ -112,13 +117,14 @@ def generate(loaded, prompts, cfg, on_step=None):
     if blanks:
         never.append(tokenizer.eos_id)  # it has no text: a blank would show fewer tokens than it was given
     start, seconds = time.perf_counter(), []
-    drawing = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, forbid=never)
-    drawing["generator"] = torch.Generator().manual_seed(cfg.seed)
+    drawing = {k: getattr(cfg, k) for k in ("temperature", "top_k", "top_p", "no_repeat")}
+    drawing |= dict(min_new=cfg.min_new_tokens, eos_id=None if blanks else tokenizer.eos_id, forbid=never)
+    drawing |= dict(lengths=lengths, generator=torch.Generator().manual_seed(cfg.seed))
     if causal:
         decoding = sampling.write(denoiser, x, **drawing)
     else:
-        choosing = {k: getattr(cfg, k) for k in ("strategy", "steps", "threshold", "confidence_stop")}
-        decoding = sampling.denoise(denoiser, x, lengths=lengths, **choosing, **drawing)
+        choosing = {k: getattr(cfg, k) for k in CHOOSING}
+        decoding = sampling.denoise(denoiser, x, **choosing, **drawing)
     for step in decoding:
         log_p += torch.where(step.revealed, step.confidence.clamp(min=1e-9).log(), 0.0)
         steps.append(step)

@@ -275,6 +275,37 @@ def test_forbidden_ids_and_seeds():
     assert sorted(texts[0].unique().tolist()) == [i for i in range(V) if i not in (0, 7)]
 
 
+def test_an_end_is_an_end():
+    """Greedy with one id always likeliest: a row is filled behind it at once, unless something given stands there."""
+    model = gpt()
+    with torch.no_grad():
+        model.embed.weight.zero_()[7] = 1.0
+        model.norm.scale.fill_(1.0)
+    model.trunk = model.read = lambda x, *args: torch.ones(*x.shape, model.config.d_model)
+    x = prompted((3, 9, 2), (9, 4, 14))
+    x[2, 9] = 4
+    for min_new in (0, 3):
+        steps = list(write(model, x, temperature=0, eos_id=7, min_new=min_new, lengths=torch.tensor([12, 13, 16])))
+        final = steps[-1].x
+        assert torch.equal(final[x < V], x[x < V]) and final.max() < V
+        for b, (first, end) in enumerate(((3, 12), (9, 13), (2, 16))):
+            assert (final[b, first : first + min_new] != 7).all()
+            mine = (final[b, first + min_new : end] == 7) | (x[b, first + min_new : end] < V)
+            assert mine.all()
+    steps = list(write(model, prompted((3,), (9,)), temperature=0, eos_id=7, lengths=torch.tensor([12])))
+    assert len(steps) == 1 and steps[0].revealed[0].tolist() == [3 <= t < 12 for t in range(T)]
+    assert len(list(write(model, prompted((3,), (9,)), temperature=0, lengths=torch.tensor([12])))) == 9
+
+
+def test_no_n_gram_twice():
+    model, x = gpt(), torch.full((8, T), V)
+    for n in (2, 3):
+        free, kept = (last(model, x, temperature=0.3, no_repeat=k, generator=seeded()).x.tolist() for k in (0, n))
+        twice = [[len({*g}) < len(g) for g in ([tuple(r[i : i + n]) for i in range(T + 1 - n)] for r in rows)]
+                 for rows in (free, kept)]  # fmt: skip
+        assert any(twice[0]) and not any(twice[1])
+
+
 @pytest.mark.parametrize("settings", [
     dict(temperature=math.nan), dict(temperature=-0.1), dict(temperature=math.inf), dict(top_p=0.0), dict(top_p=1.1),
     dict(top_k=-1)])  # fmt: skip

@@ -1,5 +1,7 @@
 """sampling.py with exact denoisers: what is drawn is counted against what enumeration says, by chi-square."""
 
+import collections
+import itertools
 import math
 
 import pytest
@@ -7,8 +9,9 @@ import torch
 import toys
 from toys import KINDS, MARKOV, SOURCES, STEP, STRINGS, UNIGRAM, T, Toy, V, build, seeded, surprise
 
-from sampling import STRATEGIES, denoise, draw, filter_probs
+from sampling import STRATEGIES, blocks, denoise, draw, filter_probs, forbid_repeats, risen
 
+EVEN = dict(threshold=1.0, entropy_bound=0.0)  # no strategy decides more than its share
 each_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 SKEW = torch.randn(6, 5, V, generator=seeded(3))  # logits of six states at five places
 
@@ -96,7 +99,7 @@ def test_one_token_a_forward_draws_from_the_joint(strategy, source):
     """Any order that does not look at the token it is about to draw is exact: each conditional is the posterior's."""
     p, n = SOURCES[source], 20000
     denoiser = toys.oracle(p)
-    step = last(denoiser, torch.full((n, T), V), strategy=strategy, steps=T, threshold=1.0, generator=seeded())
+    step = last(denoiser, torch.full((n, T), V), strategy=strategy, steps=T, **EVEN, generator=seeded())
     assert step.forwards == len(denoiser.seen) == T
     assert surprise(torch.bincount(toys.code(step.x), minlength=81), p) < 4
 
@@ -123,11 +126,9 @@ def test_two_a_step_in_random_order_is_the_mixture_over_pairs():
 @each_strategy
 def test_infilling_draws_from_the_posterior(strategy):
     x, fits = holes("_1__").expand(10000, T), (STRINGS[:, 1] == 1).double()
-    step = last(toys.oracle(MARKOV), x, strategy=strategy, steps=9, threshold=1.0, generator=seeded())
+    step = last(toys.oracle(MARKOV), x, strategy=strategy, steps=9, **EVEN, generator=seeded())
     assert step.forwards == 3 and surprise(torch.bincount(toys.code(step.x), minlength=81), MARKOV * fits) < 4
-    possible = last(
-        toys.oracle(MARKOV), x, strategy=strategy, steps=9, temperature=3.0, threshold=1.0, generator=seeded()
-    ).x
+    possible = last(toys.oracle(MARKOV), x, strategy=strategy, steps=9, temperature=3.0, **EVEN, generator=seeded()).x
     assert (MARKOV[toys.code(possible)] > 0).all() and (possible[:, 1] == 1).all()
 
 
@@ -160,7 +161,7 @@ def test_every_step_does_its_share(strategy, steps):
     before, denoiser = x.clone(), skewed()
     shown, wanted = x, (x == V).sum(1)
     forwards = min(steps, 16)
-    for i, s in enumerate(denoise(denoiser, x, strategy, steps, threshold=1.0, generator=seeded())):
+    for i, s in enumerate(denoise(denoiser, x, strategy, steps, **EVEN, generator=seeded())):
         assert torch.equal(x, before) and torch.equal(s.x[~s.revealed], shown[~s.revealed])
         assert (shown[s.revealed] == V).all() and (s.x[s.revealed] < V).all() and s.revealed.any()
         done = (wanted * (i + 1) // forwards).maximum(wanted.clamp(max=i + 1))  # the share, and at least one a step
@@ -211,7 +212,7 @@ def test_confidence_stop_means_surer():
 def test_confidence_stop_finishes_a_row_whose_open_places_are_all_sure(strategy):
     """Every row of every step against its own probabilities, place by place; otherwise it does its share."""
     x, denoiser, stop, early = holes("____________", "0___1_1_____", "_0___1__1__2", "012012012012"), skewed(), 0.5, 0
-    shown, settings = x, dict(strategy=strategy, steps=8, temperature=2.0, threshold=1.0, confidence_stop=stop)
+    shown, settings = x, dict(strategy=strategy, steps=8, temperature=2.0, **EVEN, confidence_stop=stop)
     for i, s in enumerate(denoise(denoiser, x, **settings, generator=seeded())):
         probs = denoiser.f(shown).softmax(2).amax(2).tolist()
         for b in range(4):
@@ -230,7 +231,7 @@ def test_confidence_stop_finishes_a_row_whose_open_places_are_all_sure(strategy)
 def test_confidence_stop_is_each_rows_own(strategy):
     """Step by step a row has in a batch the canvas that it has alone; the batch takes what its slowest row takes."""
     x = holes("____________", "0___1_1_____", "_0___1__1__2", "01201201201_", "012012012012")
-    settings = dict(strategy=strategy, steps=8, temperature=0, threshold=1.0, confidence_stop=0.5)
+    settings = dict(strategy=strategy, steps=8, temperature=0, **EVEN, confidence_stop=0.5)
     together, counts = list(denoise(skewed(), x, **settings)), []
     for b in range(5):
         alone = list(denoise(skewed(), x[b : b + 1], **settings))
@@ -248,11 +249,230 @@ def test_confidence_stop_is_off_by_default(strategy):
     runs = []
     for settings in ({}, dict(confidence_stop=0.0), dict(confidence_stop=1.0)):
         g = seeded()
-        steps = list(denoise(skewed(), torch.full((4, 12), V), strategy, 7, threshold=1.0, generator=g, **settings))
+        steps = list(denoise(skewed(), torch.full((4, 12), V), strategy, 7, **EVEN, generator=g, **settings))
         assert steps[-1].forwards == len(steps) == 7
         runs.append([*(v for s in steps for v in (s.x, s.revealed, s.confidence)), g.get_state()])
     for run in runs[1:]:
         assert all(map(torch.equal, run, runs[0]))
+
+
+@pytest.mark.parametrize("bound, shares", [
+    (0.0, [1, 1, 1, 1]), (0.05, [1, 1, 1, 1]), (0.2, [2, 1, 1]), (0.7, [2, 1, 1]), (0.8, [3, 1]), (1.5, [3, 1]),
+    (1.6, [4])])  # fmt: skip
+def test_entropy_bounded_adds_up_entropies(bound, shares):
+    """In sum 0.098, 0.735, 1.553: the last that is decided may cross the bound, the next may not come."""
+    p = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.98, 0.02, 0.0], [0.7, 0.15, 0.15], [1 / 3, 2 / 3, 0.0]])
+    entropies = [-sum(q * math.log(q) for q in row if q) for row in p.double().tolist()]
+    assert [round(h, 3) for h in entropies] == [1.099, 0.098, 0.819, 0.637]
+    toy = Toy(lambda x_t: p.log().clamp(min=-300).expand(len(x_t), T, V))
+    steps = list(denoise(toy, holes("____"), "entropy_bounded", 4, entropy_bound=bound, generator=seeded()))
+    assert [int(s.revealed.sum()) for s in steps] == shares
+    assert steps[0].revealed[0, 1] and steps[-1].revealed[0, 0]  # the surest first
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# blocks
+
+
+def prefixes(p):
+    """An exact denoiser of canvases that are shorter than T too: what is not there is unknown."""
+    whole = toys.oracle(p)
+    return Toy(lambda x_t: whole.f(torch.nn.functional.pad(x_t, (0, T - x_t.shape[1]), value=V))[:, : x_t.shape[1]])
+
+
+@pytest.mark.parametrize("block_length", [1, 2, 3, 4, 9])
+@each_strategy
+def test_blocks_of_one_token_a_forward_draw_from_the_joint(strategy, block_length):
+    denoiser, x = prefixes(MARKOV), torch.full((20000, T), V)
+    steps = list(denoise(denoiser, x, strategy, T, **EVEN, block_length=block_length, generator=seeded()))
+    assert surprise(torch.bincount(toys.code(steps[-1].x), minlength=81), MARKOV) < 4
+    shown = x
+    for i, (s, seen) in enumerate(zip(steps, denoiser.seen, strict=True)):  # nothing behind the block is shown
+        end = min(T, (i // block_length + 1) * block_length)
+        assert torch.equal(seen, shown[:, :end]) and not s.revealed[:, end:].any() and (s.x[:, end:] == V).all()
+        assert torch.equal(s.confidence[:, end:], torch.zeros(20000, T - end))
+        shown = s.x
+
+
+@pytest.mark.parametrize("counts, steps, length, expected", [
+    ([12], 6, 4, [2, 2, 2]), ([12], 7, 4, [2, 2, 3]), ([12], 3, 4, [1, 1, 1]), ([12], 12, 4, [4, 4, 4]),
+    ([12], 99, 4, [4, 4, 4]), ([12], 5, 5, [2, 2, 1]), ([12], 5, 0, [5]), ([12, 3], 6, 4, [2, 2, 2]),
+    ([2, 2, 2], 3, 6, [2]), ([9], 3, 4, [1, 1, 1])])  # fmt: skip
+def test_steps_are_shared_out_over_blocks(counts, steps, length, expected):
+    """Rows of 12 whose last n are open: blocks without any get no step, the others their share and at least one."""
+    is_open = torch.stack([torch.arange(12) >= 12 - n for n in counts])
+    plan = blocks(is_open, steps, length)
+    assert [n for *_, n in plan] == expected
+    assert plan[-1][1] == 12 and all((end - start <= length or not length) for start, end, _ in plan)
+    assert all(is_open[:, start:end].any() for start, end, _ in plan)
+
+
+def test_blocks_that_cannot_be():
+    with pytest.raises(ValueError, match="2 steps cannot fill 3 blocks"):
+        last(skewed(), torch.full((1, 12), V), steps=2, block_length=4)
+    with pytest.raises(ValueError, match="behind a blank"):
+        last(skewed(), holes("0__1__"), steps=6, block_length=2)
+    lengths = torch.tensor([3, 6])  # what pads a short row is not given
+    step = last(skewed(), holes("0__000", "0_____"), steps=6, block_length=2, lengths=lengths, generator=seeded())
+    assert (step.x < V).all()
+
+
+def watched(kind, **sizes):
+    """A small model and the list of canvases that it will read."""
+    model, read = build(kind, noise=0.5, **sizes).eval(), []
+    model.embed.register_forward_pre_hook(lambda m, args: read.append(tuple(args[0].shape)))
+    return model, read
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lengths", [None, (16, 11, 13)])
+def test_cached_blocks(kind, lengths):
+    """With one layer, keys and values of the prefix depend on the prefix alone, and the cache is exact; with one
+    forward a block it is made anew each time. Otherwise it drifts. Inner steps read only their block."""
+    x = torch.full((3, 16), 11).index_fill(1, torch.arange(3), 5)
+    if lengths is not None:
+        lengths = torch.tensor(lengths)
+        x[torch.arange(16) >= lengths[:, None]] = 0
+    settings = dict(strategy="entropy", temperature=0, block_length=4, lengths=lengths)
+    for layers, steps, same in ((1, 13, True), (2, 4, True), (2, 13, False)):
+        model, read = watched(kind, n_layers=layers, **(dict(attn_every=0) if kind == "eco_hybrid" else {}))
+        runs = [list(denoise(model, x, steps=steps, cache=c, **settings)) for c in (True, False)]
+        confidences = [torch.stack([s.confidence for s in run]) for run in runs]
+        if same or not model.can_cache:
+            assert torch.equal(runs[0][-1].x, runs[1][-1].x)
+            torch.testing.assert_close(*confidences, rtol=1e-4, atol=1e-5)
+        else:
+            assert (confidences[0] - confidences[1]).abs().max() > 1e-3
+        widths, plan = [w for _, w in read], blocks(x == 11, steps, 4)
+        whole = [end for _, end, n in plan for _ in range(n)]
+        inner = [end if i == 0 else end - start for start, end, n in plan for i in range(n)]
+        assert widths == (inner if model.can_cache else whole) + whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# hiding again
+
+
+def hidden_again(p, steps, remask, loop):
+    """Probability (81,) of every string, by following all 256 canvases through the steps of random order."""
+    posterior = toys.oracle(p).f(torch.tensor(list(itertools.product(range(V + 1), repeat=T)))).double().softmax(2)
+    now, (rises, rising) = {(V,) * T: 1.0}, risen(steps, loop)
+    for i in range(steps):
+        then = collections.defaultdict(float)
+        still = i > 0 and rises[i] == rises[i - 1]
+        for canvas, weight in now.items():
+            closed = [t for t in range(T) if canvas[t] < V]
+            opened, due = [t for t in range(T) if canvas[t] == V], T * rises[i] // rising
+            may = closed if i < steps - 1 and (still or not loop) else []
+            sigma = min(remask, (T - due) / max(1, len(closed)))
+            probs = posterior[sum(c * 4 ** (T - 1 - t) for t, c in enumerate(canvas))].tolist()
+            for hide in itertools.chain.from_iterable(itertools.combinations(may, n) for n in range(len(may) + 1)):
+                w = weight * sigma ** len(hide) * (1 - sigma) ** (len(may) - len(hide))
+                quota = min(max(0, due - len(closed) + len(hide)), len(opened))
+                choices = list(itertools.combinations(opened, quota))
+                for places in choices if w else ():
+                    for tokens in itertools.product(range(V), repeat=quota):
+                        v = w / len(choices) * math.prod(probs[t][c] for t, c in zip(places, tokens, strict=True))
+                        if v:
+                            new = dict(zip(places, tokens, strict=True)) | dict.fromkeys(hide, V)
+                            then[tuple(new.get(t, canvas[t]) for t in range(T))] += v
+        now = then
+    return torch.tensor([now.get(tuple(s), 0.0) for s in STRINGS.tolist()], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("steps, remask, loop", [(4, 0.5, 0.0), (6, 0.3, 0.0), (6, 1.0, 0.0), (7, 0.4, 0.5)])
+def test_remasking_against_enumeration(steps, remask, loop):
+    expected = hidden_again(MARKOV, steps, remask, loop)
+    assert abs(float(expected.sum()) - 1) < 1e-9
+    settings = dict(strategy="random", steps=steps, remask=remask, loop=loop, generator=seeded())
+    step = last(toys.oracle(MARKOV), torch.full((20000, T), V), **settings)
+    assert step.forwards == steps and surprise(torch.bincount(toys.code(step.x), minlength=81), expected) < 4
+
+
+def test_a_loop_of_single_tokens_keeps_the_joint():
+    """A token hidden alone and drawn again is a step of Gibbs sampling: what was right stays right."""
+    p, x = MARKOV, torch.full((20000, T), V)
+    drawn = hidden_again(p, 9, 0.02, 0.5)  # two at a time are rare
+    assert float((drawn - p).abs().sum()) < 0.02
+    step = last(toys.oracle(p), x, strategy="random", steps=9, remask=0.02, loop=0.5, generator=seeded())
+    assert surprise(torch.bincount(toys.code(step.x), minlength=81), drawn) < 4
+
+
+@pytest.mark.parametrize("steps, loop, expected, rising", [
+    (4, 0.0, [1, 2, 3, 4], 4), (20, 0.5, [1, 2, 3, 4, 5, 6, 7, 8, 9] + [9] * 10 + [10], 10), (1, 0.9, [1], 1),
+    (4, 0.5, [1, 1, 1, 2], 2)])  # fmt: skip
+def test_the_schedule_of_a_loop(steps, loop, expected, rising):
+    assert risen(steps, loop) == (expected, rising)
+
+
+@each_strategy
+def test_what_is_hidden_again_was_ours_and_returns(strategy):
+    x = holes("________________", "0_____1____2____", "0120120120120120", "_0_________1____")
+    shown, hidden = x, 0
+    for s in denoise(skewed(), x, strategy, 8, remask=0.5, eos_id=2, **EVEN, generator=seeded()):
+        again = (s.x == V) & (shown != V)
+        hidden += int(again.sum())
+        assert (x[again] == V).all() and (shown[again] != 2).all() and not (again & s.revealed).any()  # an end stays
+        assert (s.confidence[again] == 0).all()
+        shown = s.x
+    assert hidden > 5 and (shown < V).all() and torch.equal(shown[x < V], x[x < V])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ends, and no n-gram twice
+
+
+@each_strategy
+@pytest.mark.parametrize("block_length", [0, 4])
+def test_an_end_is_an_end(strategy, block_length):
+    """Behind the first EOS drawn nothing is open, and what was is EOS, in the same step; none before min_new."""
+    x = holes("0___________", "00000_______", "____________")
+    denoiser, settings = toys.fixed(0.0, 0.0, 1.0), dict(block_length=block_length, eos_id=2, **EVEN, steps=12)
+    for min_new in (0, 5, 12):
+        shown = x
+        for s in denoise(denoiser, x, strategy, min_new=min_new, **settings, generator=seeded(3)):
+            for row, before, revealed, first in zip(s.x.tolist(), shown.tolist(), s.revealed, (1, 5, 0), strict=True):
+                end = row.index(2) if 2 in row else 12
+                assert end >= min(12, first + min_new) and V not in row[end:]
+                filled = [t for t in range(end, 12) if before[t] == V]
+                assert revealed[filled].all() and all(row[t] == 2 for t in filled)
+            assert torch.equal(s.x[~s.revealed], shown[~s.revealed])
+            shown = s.x
+        assert (shown < V).all() and (min_new or s.forwards < 12) and (min_new < 12 or s.forwards == 12)
+    x, steps = holes("0____1", "_____0"), dict(strategy=strategy, steps=5)  # in front of what was given it ends nothing
+    texts = [last(denoiser, x, **steps, eos_id=eos_id, generator=seeded()).x for eos_id in (None, 2)]
+    assert torch.equal(*texts) and (texts[0][:, :4] == 2).any()
+
+
+def test_forbidden_repeats_are_those_that_repeat():
+    """Against trying every token: the row's n-grams that have no hole are counted before and after."""
+    x = torch.randint(4, (40, 9), generator=seeded())
+    x[torch.rand(40, 9, generator=seeded(1)) < 0.3] = 3
+    row, at = (x == 3).nonzero().unbind(1)
+    for n in (2, 3, 4, 12):
+        found = forbid_repeats(torch.zeros(len(row), 3), x, 3, row, at, n).isneginf()
+        for i, (b, t) in enumerate(zip(row.tolist(), at.tolist(), strict=True)):
+            repeats = []
+            for v in range(3):
+                text = x[b].tolist()
+                whole = [tuple(text[s : s + n]) for s in range(9 - n + 1) if 3 not in text[s : s + n]]
+                text[t] = v
+                new = [tuple(text[s : s + n]) for s in range(9 - n + 1) if s <= t < s + n and 3 not in text[s : s + n]]
+                repeats.append(any(gram in whole for gram in new))
+            assert found[i].tolist() == ([False] * 3 if all(repeats) else repeats)
+    assert torch.equal(forbid_repeats(torch.zeros(len(row), 3), x, 3, row, at, 12), torch.zeros(len(row), 3))
+
+
+@each_strategy
+def test_no_n_gram_twice(strategy):
+    """One token a forward, 30 ids: no pair of tokens stands twice, where chance would repeat many."""
+    toy = Toy(lambda x_t: torch.zeros(*x_t.shape, 30), V=30)
+    for n, repeats in ((0, True), (2, False), (3, False)):
+        settings = dict(strategy=strategy, steps=40, no_repeat=n, **EVEN, generator=seeded())
+        x = last(toy, torch.full((20, 40), 30), **settings).x
+        grams = [[tuple(row[i : i + (n or 2)]) for i in range(41 - (n or 2))] for row in x.tolist()]
+        twice = [len(set(row)) < len(row) for row in grams]
+        assert any(twice) == repeats
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,7 +488,9 @@ def test_nothing_to_fill():
 @pytest.mark.parametrize("settings", [
     dict(steps=0), dict(steps=-3), dict(temperature=math.nan), dict(temperature=-0.1), dict(temperature=math.inf),
     dict(top_p=0.0), dict(top_p=1.1), dict(top_p=math.nan), dict(top_k=-1), dict(strategy="nonsense"),
-    dict(confidence_stop=-0.1), dict(confidence_stop=1.1), dict(confidence_stop=math.nan)])  # fmt: skip
+    dict(confidence_stop=-0.1), dict(confidence_stop=1.1), dict(confidence_stop=math.nan), dict(remask=1.1),
+    dict(remask=math.nan), dict(loop=0.5), dict(loop=-0.5, remask=0.1), dict(block_length=-1), dict(min_new=-2),
+    dict(no_repeat=1), dict(no_repeat=-1), dict(entropy_bound=-0.1), dict(entropy_bound=math.nan)])  # fmt: skip
 def test_wrong_settings(settings):  # S3, S4
     with pytest.raises(ValueError, match=str(next(iter(settings.values())))):
         last(skewed(), holes("____"), **settings)
