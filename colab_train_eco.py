@@ -29,6 +29,7 @@ from config import PRESETS, PROMPTS, ColabConfig, SampleConfig, TrainConfig, Tra
 from evaluate import MARGIN
 from machine import pick_device, total_memory
 from plot import read_metrics
+from quality import spread
 
 SMALL_TEXT = 1 << 20  # training tokens; 500 steps of the laptop preset pass over fewer of them eight times and more
 WARM = 20  # steps until the throughput must be steady: compiling, caches
@@ -85,15 +86,6 @@ def start(script, **flags):
     if code in (2, 128 + signal.SIGINT, 128 + signal.SIGTERM):  # it has said why, in one line
         sys.exit(code)
     return code
-
-
-def spread(texts):
-    """(distinct-2, repeated 4-grams) of lists of ids, taken together, as shares of all pairs and all 4-grams.
-
-    A text that goes round in circles and the same text behind every prompt both show. Nothing written is the worst.
-    """
-    pairs, fours = ([tuple(t[i : i + n]) for t in texts for i in range(len(t) - n + 1)] for n in (2, 4))
-    return (len(set(pairs)) / len(pairs) if pairs else 0.0), (1 - len(set(fours)) / len(fours) if fours else 1.0)
 
 
 def real_spread(train, n=4, length=NEW, draws=200):
