@@ -3,6 +3,7 @@
     python benchmark.py train               # the training loop against the plainest correct loop of the same model
     python benchmark.py prepare             # prepare.py: MB/s, and whether its memory grows with the corpus
     python benchmark.py length              # EcoHybrid against attention as the window grows, and a plot
+    python benchmark.py sample --ckpt DENOISER --twin AUTOREGRESSIVE     # ways of writing: quality against time, a plot
 
 A speed alone says more of the machine than of the code: what is compared takes turns in one process, and medians count.
 """
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 import checkpoint
 import dataset
 import diffusion
+import frontier
 import optimizer
 import prepare as preparing
 import tokenizer as tokenizers
@@ -41,6 +43,7 @@ import train_diffusion
 from config import (
     BenchmarkConfig,
     EcoHybridConfig,
+    FrontierConfig,
     PrepareConfig,
     TrainConfig,
     TransformerConfig,
@@ -607,7 +610,18 @@ def draw_lengths(figures, path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 
-BENCHMARKS = {"train": train, "prepare": prepare, "length": length}  # argv -> config, figures, what failed if it can
+
+def sample(argv):
+    (cfg,) = parse(__doc__, FrontierConfig, argv=argv)
+    device = pick_device("auto")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    return cfg, dict(machine=machine(device), config=dataclasses.asdict(cfg)) | frontier.run(cfg, device)
+
+
+# argv -> config, figures, what failed if it can
+BENCHMARKS = {"train": train, "prepare": prepare, "length": length, "sample": sample}
+DRAWINGS = {"length": draw_lengths, "sample": frontier.draw}
 
 
 def main():
@@ -621,8 +635,8 @@ def main():
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(benchmark=name) | figures, indent=1) + "\n", "utf-8")
     print(f"wrote {path}")
-    if name == "length":
-        draw_lengths(figures, path.with_suffix(".png"))
+    if name in DRAWINGS:
+        DRAWINGS[name](figures, path.with_suffix(".png"))
         print(f"wrote {path.with_suffix('.png')}")
     if failed and failed[0]:
         raise RuntimeError(failed[0])

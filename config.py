@@ -239,7 +239,7 @@ class SampleConfig:
     strategy: str = knob(
         "confidence",
         "which positions are decided first (sampling.STRATEGIES)",
-        ("random", "left_to_right", "confidence", "margin", "entropy", "threshold", "entropy_bounded"),
+        ("random", "left_to_right", "dilated", "confidence", "margin", "entropy", "threshold", "entropy_bounded"),
     )
     temperature: float = knob(0.7, "0 takes the likeliest token")
     top_k: int = knob(0, "draw from the k likeliest tokens; 0 is off")
@@ -319,6 +319,30 @@ class BenchmarkConfig:
             f"--lengths is {self.lengths!r}, needs numbers from 2 on between commas",
         )
         check(self.vocab_size >= 260, f"--vocab_size is {self.vocab_size}, the bytes and special tokens need 260")
+
+
+@dataclass
+class FrontierConfig:
+    """benchmark.py sample."""
+
+    ckpt: str = knob("", "the denoiser that writes: a .pt file or a run folder; empty is the newest under checkpoints/")
+    twin: str = knob("", "an autoregressive run of the same data: the judge, and a reference")
+    data_dir: str = knob("", "folder written by prepare.py; empty takes the one --ckpt was trained on")
+    output: str = knob("", "where the figures go; empty is checkpoints/benchmark_sample.json")
+    samples: int = knob(16, "prompts of the validation text, spread evenly")
+    prompt_tokens: int = knob(32, "tokens of a prompt")
+    new_tokens: int = knob(256, "tokens written behind it")
+    temperature: float = knob(1.0, "of every way of writing; 1 is the model's own distribution")
+    top_p: float = knob(1.0, "of every way of writing; 1 is off")
+    block: int = knob(32, "tokens of a block")
+    threads: int = knob(0, "CPU threads; 0 leaves PyTorch's choice")
+
+    def __post_init__(self):
+        for name in ("samples", "prompt_tokens", "new_tokens", "block"):
+            check(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}, needs to be 1 or more")
+        check(self.threads >= 0, f"--threads is {self.threads}, needs to be 0 or more")
+        check(0 < self.temperature < math.inf, f"--temperature is {self.temperature}, needs to be above 0")
+        check(0 < self.top_p <= 1, f"--top_p is {self.top_p}, needs 0 < top_p <= 1")
 
 
 @dataclass

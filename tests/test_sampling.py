@@ -133,13 +133,20 @@ def test_infilling_draws_from_the_posterior(strategy):
 
 
 @pytest.mark.parametrize("strategy, expected", [
-    ("left_to_right", [0, 1, 2, 3]), ("confidence", [2, 0, 3, 1]),
+    ("left_to_right", [0, 1, 2, 3]), ("confidence", [2, 0, 3, 1]), ("dilated", [0, 2, 1, 3]),
     ("margin", [2, 3, 0, 1]), ("entropy", [2, 0, 3, 1])])  # fmt: skip
 def test_order_of_each_strategy(strategy, expected):
     p = torch.tensor([[0.60, 0.39, 0.01], [0.35, 0.33, 0.32], [0.9, 0.05, 0.05], [0.5, 0.25, 0.25]])
     toy = Toy(lambda x_t: p.log().expand(len(x_t), T, V))
     order = [s.revealed[0].nonzero().item() for s in denoise(toy, holes("____"), strategy, 4, generator=seeded())]
     assert order == expected
+
+
+def test_dilated_keeps_what_is_decided_together_apart():
+    for n, steps, apart in ((16, 4, 4), (16, 8, 8), (64, 4, 4), (12, 6, 4)):
+        for s in denoise(skewed(), torch.full((1, n), V), "dilated", steps, generator=seeded()):
+            places = s.revealed[0].nonzero().flatten()
+            assert len(places) == n // steps and places.diff().min() >= apart
 
 
 def test_random_order_is_uniform():
