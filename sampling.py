@@ -152,7 +152,8 @@ def without(logits, rows, token):
 
 def forbid_repeats(logits, x, mask_id, row, place, n):
     """logits (N, V) at `place` (N,) of `row` (N,) in x (B, T), without tokens that would make an n-gram stand twice in
-    its row, whichever of its places is decided last. A place where that leaves nothing stays as it is."""
+    its row, whichever of its places is decided last. A place where that leaves nothing stays as it is, and the two that
+    one token makes at once are not compared (the middle of aaa)."""
     if n > x.shape[1]:
         return logits
     grams = x.unfold(1, n, 1)  # (B, W, n)
