@@ -527,7 +527,7 @@ def length(argv):
     print(f"{facts['device']}, {facts['threads']} threads, {precision}, {how}; {sizes}")
     print("×: faster than the Transformer; derived ×: by operations; GFLOP/s: of the training pass; MiB: at its peak, "
           "beyond weights and gradients\n")  # fmt: skip
-    print(f"{'T':>6}{'batch':>6} {'model':<12}{'train ms':>11}{'from, to':>18}{'×':>7}{'derived ×':>10}{'GFLOP/s':>9}"
+    print(f"{'T':>6}{'batch':>6} {'model':<12}{'train ms':>11}{"from, to":>20}{'×':>7}{'derived ×':>10}{'GFLOP/s':>9}"
           f"{'sample ms':>11}{'×':>7}{'MiB':>8}", flush=True)  # fmt: skip
     rows = []
     for T in lengths:
@@ -535,7 +535,7 @@ def length(argv):
         rows.append(row)
         for name, c in row["models"].items():
             spread = f"{1e3 * min(c['all_train']):,.1f}, {1e3 * max(c['all_train']):,.1f}"
-            print(f"{T:>6}{row['B']:>6} {name:<12}{1e3 * c['train']:>11,.1f}{spread:>18}{c['train_speedup']:>7.2f}"
+            print(f"{T:>6}{row['B']:>6} {name:<12}{1e3 * c['train']:>11,.1f}{spread:>20}{c['train_speedup']:>7.2f}"
                   f"{c['derived_speedup']:>10.2f}{c['train_rate'] / 1e9:>9,.1f}{1e3 * c['sample']:>11,.1f}"
                   f"{c['sample_speedup']:>7.2f}{(c['peak_bytes'] or 0) / 2**20:>8,.0f}", flush=True)  # fmt: skip
 
