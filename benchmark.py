@@ -527,7 +527,7 @@ def length(argv):
     print(f"{facts['device']}, {facts['threads']} threads, {precision}, {how}; {sizes}")
     print("×: faster than the Transformer; derived ×: by operations; GFLOP/s: of the training pass; MiB: at its peak, "
           "beyond weights and gradients\n")  # fmt: skip
-    print(f"{'T':>6}{'batch':>6} {'model':<12}{'train ms':>11}{"from, to":>20}{'×':>7}{'derived ×':>10}{'GFLOP/s':>9}"
+    print(f"{'T':>6}{'batch':>6} {'model':<12}{'train ms':>11}{'from, to':>20}{'×':>7}{'derived ×':>10}{'GFLOP/s':>9}"
           f"{'sample ms':>11}{'×':>7}{'MiB':>8}", flush=True)  # fmt: skip
     rows = []
     for T in lengths:
