@@ -287,16 +287,22 @@ class EvaluateConfig:
     masks: int = knob(16, "stratified masks a window; an exact likelihood takes none")
     max_windows: int = knob(0, "score only the first windows; 0 is all")
     batch_size: int = knob(32, "windows a forward")
+    chain_rule: int = knob(0, "full windows whose exact likelihood is computed too, a forward a token; 0 is off")
+    judge: str = knob("", "an autoregressive run that judges samples, made to continue the text; empty makes none")
+    samples: int = knob(32, "samples for the judge: each continues the first quarter of a window")
+    sample_steps: int = knob(0, "forwards that write a sample; 0 is one a token")
     check: bool = knob(False, "compare with unigram and bigram models; exit 1 if not 18 % below the unigram")
     output: str = knob("", "where the figures go; empty is eval.json beside the checkpoint")
-    seed: int = knob(0, "seed of the masks")
+    seed: int = knob(0, "seed of the masks and samples")
     device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
     ema: bool = knob(True, "use the averaged weights")
 
     def __post_init__(self):
         check(self.masks >= 1, f"--masks is {self.masks}, needs to be 1 or more")
         check(self.batch_size >= 1, f"--batch_size is {self.batch_size}, needs to be 1 or more")
-        check(self.max_windows >= 0, f"--max_windows is {self.max_windows}, needs to be 0 or more")
+        check(self.samples >= 1, f"--samples is {self.samples}, needs to be 1 or more")
+        for name in ("max_windows", "chain_rule", "sample_steps"):
+            check(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, needs to be 0 or more")
 
 
 @dataclass

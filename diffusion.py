@@ -90,13 +90,20 @@ def corrupt(x0, mask_id, k=None, generator=None):
 # what hiding costs
 
 
-def token_nll(logits, target, chunk=4096):
-    """-log p of target (N,) under logits (N, V): (N,) in nats, fp32. Chunks keep the temporaries small."""
-    parts = zip(logits.split(chunk), target.split(chunk), strict=True)
-    return torch.cat([F.cross_entropy(l.float(), y, reduction="none") for l, y in parts])
+def token_nll(logits, target, chunk=4096, observe=None):
+    """-log p of target (N,) under logits (N, V): (N,) in nats, fp32. Chunks keep the temporaries small.
+
+    observe(logits, target) sees every chunk, where more is to be known of the same forward; here and below.
+    """
+    nll = []
+    for l, y in zip(logits.split(chunk), target.split(chunk), strict=True):
+        nll.append(F.cross_entropy(l.float(), y, reduction="none"))
+        if observe:
+            observe(l, y)
+    return torch.cat(nll)
 
 
-def hidden_nll(denoiser, x_t, masked, x0, chunk=4096):
+def hidden_nll(denoiser, x_t, masked, x0, chunk=4096, observe=None):
     """-log p(x0 | x_t) of the hidden tokens alone: the head is computed nowhere else.
 
     Returns nll (N,) in nats, fp32, and the row (N,) that each belongs to.
@@ -105,7 +112,7 @@ def hidden_nll(denoiser, x_t, masked, x0, chunk=4096):
     where = masked.flatten().nonzero().squeeze(1)  # (N,), on the CPU in training: its size is known without waiting
     row, target = where // x0.shape[1], x0.flatten()[where]
     x_t, where, row, target = (v.to(device) for v in (x_t, where, row, target))
-    return token_nll(denoiser(x_t, where), target, chunk), row
+    return token_nll(denoiser(x_t, where), target, chunk, observe), row
 
 
 def row_means(nll, row, B):
@@ -146,14 +153,42 @@ def training_loss(denoiser, x0, cfg, generator=None, part=(0, 1), starts=None):
 
 
 @torch.no_grad()
-def bound(denoiser, x0, generator=None, k=None):
+def bound(denoiser, x0, generator=None, k=None, observe=None):
     """Unbiased estimate of the negative ELBO of each row of x0 (B, T): (B,) nats per token, one mask a row.
 
     Hide k of T tokens, k uniform on 1..T, and take the row's own mean over its hidden tokens (LLaDA eq. 6). A mean
     over all hidden tokens of the batch is not a bound. k (B,): counts that the caller stratified.
     """
     x_t, masked = corrupt(x0, denoiser.mask_id, k, generator)
-    return row_means(*hidden_nll(denoiser, x_t, masked, x0), x0.shape[0]).cpu()
+    return row_means(*hidden_nll(denoiser, x_t, masked, x0, observe=observe), x0.shape[0]).cpu()
+
+
+@torch.no_grad()
+def chain_rule(denoiser, x0, score=None, chunk=4096):
+    """Exact -log p of each row of x0 (B, T) if it is written in one order: (B,) nats per token, in T forwards.
+
+    score(probs (N, V), position (N,), generator): a strategy of sampling.STRATEGIES; at every forward the open position
+    that scores highest (the first of equals) is the next, its token is scored, and then shown (DUEL, arXiv 2603.01367).
+    The order is a function of what is visible, never of what is still hidden: over all x0, p sums to 1. None: from left
+    to right.
+    """
+    (B, T), device = x0.shape, next(denoiser.parameters()).device
+    x0 = x0.to(device)
+    x_t, row, total = torch.full_like(x0, denoiser.mask_id), torch.arange(B, device=device), torch.zeros(B)
+    for t in range(T):
+        where = row * T + t  # (B,)
+        if score:
+            where = (x_t == denoiser.mask_id).flatten().nonzero().squeeze(1)  # (B · (T - t),) as many in every row
+        logits = denoiser(x_t, where)  # (B or B · (T - t), V)
+        if score:
+            parts = zip(logits.split(chunk), (where % T).split(chunk), strict=True)
+            scores = torch.cat([score(l.float().softmax(1), p, None) for l, p in parts])
+            best = row * (T - t) + scores.view(B, T - t).argmax(1)  # (B,)
+            where, logits = where[best], logits[best]
+        token = x0.flatten()[where]  # (B,)
+        total = total + token_nll(logits, token).double().cpu()
+        x_t.view(-1)[where] = token
+    return total / T
 
 
 def runs(windows, batch_size):
@@ -167,7 +202,7 @@ def runs(windows, batch_size):
         start = stop
 
 
-def bound_windows(denoiser, windows, masks, seed=0, batch_size=32):
+def bound_windows(denoiser, windows, masks, seed=0, batch_size=32, observe=None):
     """The bound of every window under `masks` stratified masks each, from fixed seeds.
 
     windows: list of (T_w,) long tensors, each run of equal lengths is batched. Returns nats per token and the hidden
@@ -181,5 +216,5 @@ def bound_windows(denoiser, windows, masks, seed=0, batch_size=32):
     for run in runs(windows, batch_size):
         x0 = torch.stack(windows[run])
         for j in range(masks):
-            nats[run, j] = bound(denoiser, x0, generator, k[run, j])
+            nats[run, j] = bound(denoiser, x0, generator, k[run, j], observe)
     return nats, k / lengths[:, None]

@@ -2,9 +2,11 @@
 
     python evaluate.py --ckpt checkpoints/diffusion_hi/best.pt
     python evaluate.py --ckpt checkpoints/eco_hybrid_hi --against checkpoints/diffusion_hi   # window by window
+    python evaluate.py --chain_rule 32 --judge checkpoints/twin     # minutes more: exact likelihood, samples
 
 Every token of the split is scored, the end of each document too; bytes and characters are those of the scored text.
 A denoiser's cost is the bound on -log p (an upper limit, from random masks), an autoregressive model's is exact.
+--chain_rule gives a denoiser's exact cost under two fixed orders. --judge measures what a model writes (quality.py).
 """
 
 import dataclasses
@@ -19,18 +21,19 @@ import checkpoint
 import dataset
 import diffusion
 import ngram
+import quality
+import sampling
 from config import EvaluateConfig, check, parse, run_main
 from machine import pick_device
+from quality import ratio
 
 BINS = 10
+ORDERS = {"left_to_right": None, "own_order": sampling.STRATEGIES["confidence"]}  # of the chain rule
 MARGIN = 0.18  # how far below the unigram's the bound must be for --check
 
 
-def ratio(numerator, denominator):
-    """Sum over sum, and its standard error over windows; both (windows,). Linearised, as for any ratio of means."""
-    n, r = len(numerator), float(numerator.sum() / denominator.sum())
-    residual = numerator - r * denominator
-    return r, float((residual.square().sum() * n / max(1, n - 1)).sqrt() / denominator.sum())
+def figure(numerator, denominator):
+    return dict(zip(("mean", "standard_error"), ratio(numerator, denominator), strict=True))
 
 
 def text_sizes(windows, tokenizer):
@@ -42,17 +45,18 @@ def text_sizes(windows, tokenizer):
     return tokens, *(torch.stack([t[w].sum() for w in windows]) for t in (n_bytes, n_chars))
 
 
-def evaluate(denoiser, tokenizer, windows, masks=16, seed=0, batch_size=32):
+def evaluate(denoiser, tokenizer, windows, masks=16, seed=0, batch_size=32, observe=None):
     """Bound ± standard error of the windows, and cross-entropy by the hidden fraction of tokens: a dict.
 
     A model that knows its exact `nll` is asked for that instead: one pass, no masks, no hidden fraction.
+    observe: see diffusion.token_nll.
     """
     exact = hasattr(denoiser, "nll")
     if exact:
-        masks, nats = 0, torch.cat([denoiser.nll(torch.stack(windows[s])) for s in diffusion.runs(windows, batch_size)])
-        nats = nats[:, None]  # (windows, 1), nats per token
+        batches = (torch.stack(windows[s]) for s in diffusion.runs(windows, batch_size))
+        masks, nats = 0, torch.cat([denoiser.nll(x0, observe) for x0 in batches])[:, None]  # (windows, 1), per token
     else:
-        nats, hidden = diffusion.bound_windows(denoiser, windows, masks, seed, batch_size)  # (windows, masks)
+        nats, hidden = diffusion.bound_windows(denoiser, windows, masks, seed, batch_size, observe)  # (windows, masks)
     tokens, n_bytes, n_chars = text_sizes(windows, tokenizer)
     total = nats.double().mean(1) * tokens  # (windows,) nats
     result = {
@@ -69,8 +73,7 @@ def evaluate(denoiser, tokenizer, windows, masks=16, seed=0, batch_size=32):
         bits_per_character=(total / math.log(2), n_chars),
     )
     for name, (cost, size) in units.items():
-        mean, error = ratio(cost, size)
-        result[name] = {"mean": mean, "standard_error": error}
+        result[name] = figure(cost, size)
     result["per_window"] = {"nats": [round(v, 3) for v in total.tolist()], "bytes": n_bytes.long().tolist()}
     result["by_hidden_fraction"] = [] if exact else by_hidden_fraction(nats, hidden)
     return result
@@ -81,17 +84,87 @@ def by_hidden_fraction(nats, hidden):
     which, rows = (hidden * BINS).ceil().long().clamp(1, BINS) - 1, []  # (windows, masks) bin of k / T
     for b in range(BINS):
         values = nats[which == b].double()
+        mean = float(values.mean()) if len(values) else None
         error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
-        rows.append(
-            {
-                "from": b / BINS,
-                "to": (b + 1) / BINS,
-                "n": len(values),
-                "nats_per_token": float(values.mean()) if len(values) else None,
-                "standard_error": error,
-            }
-        )
+        figures = {"nats_per_token": mean, "standard_error": error}
+        rows.append({"from": b / BINS, "to": (b + 1) / BINS, "n": len(values), **figures})
     return rows
+
+
+class Reliability:
+    """An observer: how sure the model was of its likeliest token, against how often that was right, in BINS bins.
+
+    Every hidden token under every mask counts once, and of an autoregressive model every token.
+    """
+
+    def __init__(self):
+        self.sums = torch.zeros(3, BINS, dtype=torch.float64)  # tokens, their confidence, how many were right
+
+    def __call__(self, logits, target):
+        best, token = logits.max(1)
+        confidence = (best.float() - logits.float().logsumexp(1)).exp().cpu().double()  # (N,)
+        values = torch.stack((torch.ones_like(confidence), confidence, (token == target).cpu().double()))
+        self.sums.index_add_(1, (confidence * BINS).ceil().long().clamp(1, BINS) - 1, values)
+
+    def figures(self):
+        """The curve, and the mean distance of its bins from the diagonal (the expected calibration error): a dict."""
+        rows = []
+        for b, (n, sure, right) in enumerate(self.sums.T.tolist()):
+            means = {"confidence": sure / n if n else None, "accuracy": right / n if n else None}
+            rows.append({"from": b / BINS, "to": (b + 1) / BINS, "n": int(n), **means})
+        n, sure, right = self.sums
+        return {"reliability": rows, "calibration_error": float((sure - right).abs().sum() / n.sum())}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what takes a forward a token
+
+
+def evenly(windows, n):
+    """n of the full windows, evenly spread, or all if they are fewer: their places in the list."""
+    full = [i for i, w in enumerate(windows) if len(w) == len(windows[0])]
+    n = min(n, len(full))
+    return [full[i * len(full) // n] for i in range(n)]
+
+
+def chain_rule(denoiser, tokenizer, windows, bound, n, batch_size=32):
+    """Exact likelihood of n of the windows under each of ORDERS, beside their bound (nats of every window): a dict.
+
+    Both orders are distributions of their own. From left to right is not what the model was trained for more than any
+    other order; its own order is the one in which it writes.
+    """
+    which = evenly(windows, n)
+    some = [windows[i] for i in which]
+    tokens, n_bytes, _ = text_sizes(some, tokenizer)
+    costs = {}  # (n,) nats each
+    for name, score in ORDERS.items():
+        batches = (torch.stack(some[s]) for s in diffusion.runs(some, batch_size))
+        costs[name] = torch.cat([diffusion.chain_rule(denoiser, x0, score) for x0 in batches]) * tokens
+    costs["bound"] = torch.tensor([bound[i] for i in which], dtype=torch.float64)
+    result = {}
+    for name, nats in costs.items():
+        result[name] = {
+            "windows": len(some),
+            "bits_per_byte": figure(nats / math.log(2), n_bytes),
+            "nats_per_token": figure(nats, tokens),
+            "bits_per_byte_less_bound": figure((nats - costs["bound"]) / math.log(2), n_bytes),
+            "per_window": {"window": which, "nats": [round(v, 3) for v in nats.tolist()]},
+        }
+    return result
+
+
+def samples(loaded, judge, windows, cfg):
+    """Figures of what a model writes behind the first quarter of cfg.samples windows, and of what really stands there:
+    two dicts of quality.measure. A window is as long as both models allow."""
+    T = min(len(windows[0]), judge.denoiser.config.max_seq_len)
+    real, given = torch.stack([windows[i][:T] for i in evenly(windows, cfg.samples)]), T // 4  # (samples, T)
+    texts, how = quality.continued(loaded, real, given, cfg.sample_steps, cfg.seed, cfg.batch_size)
+    ours, theirs = (quality.measure(t, loaded.tokenizer, judge, given) for t in (texts, real.tolist()))
+    return ours | {"judge": str(judge.path), **how}, theirs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pairs of runs
 
 
 SAME = ("data_sha256", "split", "windows")  # what two eval.json share that can be paired
@@ -136,6 +209,57 @@ def counting(train, windows, tokenizer):
     return {"unigram": ngram.unigram(train, scored, V) * scale, "bigram": ngram.bigram(train, scored, V) * scale}
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the report
+
+
+def show(value):
+    if isinstance(value, dict):
+        return f"{value['mean']:.4f} ± {value['standard_error']:.4f}"
+    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
+
+
+def words(name):
+    return name.replace("_", " ")
+
+
+def print_scores(result):
+    how = f"{result['masks']} masks each" if result["masks"] else "exact likelihood"
+    print(
+        f"{result['checkpoint']}, step {result['step']:,}: {result['windows']} windows of {result['split']}, {how}, "
+        f"{result['tokens']:,} tokens, {result['bytes']:,} bytes ({result['seconds']:.1f} s)"
+    )
+    for name in ("bits_per_byte", "bits_per_character", "nats_per_token"):
+        print(f"  {words(name):20} {show(result[name])}")
+    counted = result["baselines_bits_per_byte"]
+    print("  bits per byte of counting: " + ", ".join(f"{name} {value:.4f}" for name, value in counted.items()))
+    if result["by_hidden_fraction"]:
+        print("  hidden        nats/token")
+    for b in result["by_hidden_fraction"]:
+        if b["n"]:
+            error = f"{b['standard_error'] or 0:.3f}"
+            print(f"  {b['from']:.0%} – {b['to']:.0%}".ljust(16) + f"{b['nats_per_token']:.3f} ± {error}")
+    print(f"  confidence    right    of tokens    (calibration error {result['calibration_error']:.4f})")
+    for b in result["reliability"]:
+        if b["n"]:
+            print(f"  {b['confidence']:<14.3f}{b['accuracy']:<9.3f}{b['n']:,}")
+
+
+def print_chain_rule(orders):
+    print(f"  {orders['bound']['windows']} full windows       {'bits per byte':20}less bound")
+    for name, order in orders.items():
+        less = show(order["bits_per_byte_less_bound"]) if name != "bound" else ""
+        print(f"  {words(name):24}{show(order['bits_per_byte']):20}{less}".rstrip())
+
+
+def print_samples(ours, real):
+    print(f"  written by {ours['strategy']}, {ours['steps']} forwards, temperature {ours['temperature']}, behind "
+          f"{ours['given']} given tokens; judge {ours['judge']}")  # fmt: skip
+    print(f"  {'':24}{'written':20}real text")
+    for name in real:
+        print(f"  {words(name):24}{show(ours[name]):20}{show(real[name])}")
+
+
 def run(cfg):
     """Score a checkpoint, print the figures and write eval.json, whose content is returned. cfg: EvaluateConfig.
 
@@ -150,12 +274,19 @@ def run(cfg):
         f"{cfg.data_dir or loaded.config['data_dir']} was made with another tokenizer "
         f"({data.meta['tokenizer']['sha256'][:12]}) than {loaded.path} ({tokenizer.sha256[:12]})",
     )
+    check(
+        not (cfg.chain_rule and hasattr(loaded.denoiser, "nll")),
+        f"{loaded.path} is {loaded.kind}: its likelihood is exact already; leave --chain_rule out",
+    )
+    judge = checkpoint.load(cfg.judge, pick_device(cfg.device)) if cfg.judge else None
+    if judge:
+        quality.check_judge(judge, tokenizer)
     output = Path(cfg.output) if cfg.output else loaded.path.parent / "eval.json"
     check(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}")
     ids = getattr(data, cfg.split)
     windows = dataset.windows(ids, loaded.denoiser.config.max_seq_len, cfg.max_windows)
-    start = time.perf_counter()
-    result = evaluate(loaded.denoiser, tokenizer, windows, cfg.masks, cfg.seed, cfg.batch_size)
+    start, curve = time.perf_counter(), Reliability()
+    result = evaluate(loaded.denoiser, tokenizer, windows, cfg.masks, cfg.seed, cfg.batch_size, curve)
     seconds = time.perf_counter() - start
     if not math.isfinite(result["bits_per_byte"]["mean"]):
         raise FloatingPointError(f"the cost of text under {loaded.path} is not finite: its weights are broken")
@@ -171,26 +302,20 @@ def run(cfg):
         "seed": cfg.seed,
         "batch_size": cfg.batch_size,
         **result,
+        **curve.figures(),
         "baselines_bits_per_byte": baselines,
         "seconds": seconds,
     }
 
-    how = f"{cfg.masks} masks each" if result["masks"] else "exact likelihood"
-    print(
-        f"{loaded.path}, step {loaded.step:,}: {result['windows']} windows of {cfg.split}, {how}, "
-        f"{result['tokens']:,} tokens, {result['bytes']:,} bytes ({seconds:.1f} s)"
-    )
-    for name in ("bits_per_byte", "bits_per_character", "nats_per_token"):
-        print(f"  {name.replace('_', ' '):20} {result[name]['mean']:.4f} ± {result[name]['standard_error']:.4f}")
-    print("  bits per byte of counting: " + ", ".join(f"{name} {value:.4f}" for name, value in baselines.items()))
-    if result["by_hidden_fraction"]:
-        print("  hidden        nats/token")
-    for b in result["by_hidden_fraction"]:
-        if b["n"]:
-            print(
-                f"  {b['from']:.0%} – {b['to']:.0%}".ljust(16)
-                + f"{b['nats_per_token']:.3f} ± {b['standard_error'] or 0:.3f}"
-            )
+    print_scores(result)
+    if cfg.chain_rule:
+        bound = result["per_window"]["nats"]
+        orders = chain_rule(loaded.denoiser, tokenizer, windows, bound, cfg.chain_rule, cfg.batch_size)
+        result["chain_rule"] = orders
+        print_chain_rule(orders)
+    if judge:
+        result["samples"], result["real_text"] = samples(loaded, judge, windows, cfg)
+        print_samples(result["samples"], result["real_text"])
     checkpoint.replace(output, lambda t: t.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
     print(f"wrote {output}")
     if cfg.check:

@@ -310,19 +310,19 @@ class GPT(LanguageModel):
         """Logits (B, V) of the token behind x (B, N), whose keys and values join `cache` behind its first `start`."""
         return self.head(self.read(x, cache, start)[:, -1])
 
-    def token_nll(self, x0):
+    def token_nll(self, x0, observe=None):
         """-log p(token | all before it) of x0 (B, T): (B, T) in nats. Compiled where the model is."""
         x0 = x0.to(self.embed.weight.device)
-        return diffusion.token_nll(self(x0).flatten(0, 1), x0.flatten()).view(x0.shape)
+        return diffusion.token_nll(self(x0).flatten(0, 1), x0.flatten(), observe=observe).view(x0.shape)
 
     def loss(self, x0, cfg, generator=None, **kwargs):
         """Next-token cross-entropy, nats per token. Nothing is hidden: masks, times and word starts are not used."""
         return self.token_nll(x0).mean()
 
     @torch.no_grad()
-    def nll(self, x0):
+    def nll(self, x0, observe=None):
         """Exact -log p of each row of x0 (B, T): (B,) nats per token, the unit of diffusion.bound."""
-        return self.token_nll(x0).mean(1).cpu()
+        return self.token_nll(x0, observe).mean(1).cpu()
 
     def flops(self, T, hidden=None):
         """As of a denoiser, but the head counts everywhere: all T tokens are predicted."""

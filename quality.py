@@ -7,13 +7,16 @@ No figure means anything alone: a text of nothing but commas pleases a judge, an
 together, beside those of as much real text (evaluate.py --judge does both).
 """
 
+import collections
+import functools
 import itertools
 import unicodedata
-from collections import Counter
 
 import regex
 import torch
 
+import sampling
+from config import SampleConfig
 from traces import CLUSTER, characters
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,23 +46,23 @@ def spread(texts):
 
 def entropy(texts):
     """Of one token drawn from lists of ids, taken together: nats."""
-    counts = torch.tensor([*Counter(itertools.chain(*texts)).values()], dtype=torch.float64)
+    counts = torch.tensor([*collections.Counter(itertools.chain(*texts)).values()], dtype=torch.float64)
     return float(torch.special.entr(counts / counts.sum()).sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# writing
+# spelling
 
 # Devanagari by what Unicode says of its characters: letters (Lo) are consonants, vowels and signs that stand alone;
-# marks (Mn, Mc) are the nukta, the virama, vowel signs (matras) and bindus. Every other mark, Vedic ones too, is free.
+# marks (Mn, Mc) are the nukta, the virama, vowel signs (matras) and bindus. Other marks, Vedic ones too, and
+# joiners are free.
 CONSONANT, VOWEL, ALONE = "[\u0915-\u0939\u0978-\u097f]", "[\u0904-\u0914\u0960\u0961\u0972-\u0977]", "[\u093d\u0950]"
 MATRA, BINDU = "[\u093a\u093b\u093e-\u094c\u094e\u094f\u0955-\u0957\u0962\u0963]", "[\u0900-\u0902]?\u0903?"
-FREE = regex.compile("[^\\P{M}\u0900-\u0903\u093a-\u094f\u0955-\u0957\u0962\u0963]")
+FREE = regex.compile("[^\\P{M}\u0900-\u0903\u093a-\u094f\u0955-\u0957\u0962\u0963]|[\u200c\u200d]")
 DEVANAGARI = regex.compile("[\u0900-\u0950\u0955-\u0963\u0972-\u097f]")  # without accents, dandas and digits
-DEAD = f"{CONSONANT}\u093c?[\u200c\u200d]?\u094d[\u200c\u200d]?"
-BASE = f"(?:{CONSONANT}\u093c?[\u200c\u200d]?{MATRA}?|{VOWEL}\u093c?|{ALONE}|[\u00a0\u25cc]{MATRA}?)"
-SHOWN = "[\u00a0\u25cc][\u093c\u094d]"  # a mark for itself
-AKSHARA = regex.compile(f"(?:{DEAD})+|(?:{DEAD})*{BASE}[\u200c\u200d]?{BINDU}[\u200c\u200d]*|{SHOWN}")
+DEAD = f"{CONSONANT}\u093c?\u094d"
+BASE = f"(?:{CONSONANT}\u093c?{MATRA}?|{VOWEL}\u093c?|{ALONE}|[\u00a0\u25cc]{MATRA}?)"
+AKSHARA = regex.compile(f"(?:{DEAD})+|(?:{DEAD})*{BASE}{BINDU}|[\u00a0\u25cc][\u093c\u094d]")
 
 
 def possible(cluster):
@@ -67,14 +70,14 @@ def possible(cluster):
 
     Consonants joined by viramas, each with a nukta or not, carry at most one vowel sign, at most one of candrabindu and
     anusvara, a visarga; or the last one is dead. A vowel carries no vowel sign and no virama (आ is one character, not
-    अ and ा: Unicode, table 12-1). ZWJ and ZWNJ may stand behind a virama, and change nothing elsewhere. So a mark is
-    impossible behind a space, a digit, a Latin letter or at the start of a line, and so are ाे, ्ा, ा़ and ंं; but
-    behind a no-break space or ◌ it is shown for itself. Vedic accents and whatever else combines are not looked at.
+    अ and ा: Unicode, table 12-1). So a mark is impossible behind a space, a digit, a Latin letter or at the start of a
+    line, and so are ाे, ्ा, ा़ and ंं; but behind a no-break space or ◌ it is shown for itself. ZWJ and ZWNJ, Vedic
+    accents and whatever else combines are not looked at.
     """
     return AKSHARA.fullmatch(FREE.sub("", unicodedata.normalize("NFC", cluster))) is not None
 
 
-def writing(text, tokenizer, given=0):
+def spelling(text, tokenizer, given=0):
     """Of the ids `text` behind its first `given`: (impossible aksharas, aksharas, broken characters, characters).
 
     What the first ids began is read with them, so that a matra may stand behind their consonant; a character that the
@@ -95,6 +98,28 @@ def writing(text, tokenizer, given=0):
         found = [possible(cluster) for cluster in found if DEVANAGARI.search(cluster)]
         total += torch.tensor([found.count(False), len(found), len(new) - new.count(""), len(new)])
     return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# writing it
+
+
+def continued(loaded, rows, given, steps=0, seed=0, batch_size=32):
+    """What a checkpoint writes behind the first `given` tokens of rows (samples, T): lists of T ids, and how: a dict.
+
+    At most `steps` forwards, 0: one a token. EOS may come and a new document begin, as in the windows of training.
+    """
+    model, ids, T = loaded.denoiser, loaded.tokenizer, rows.shape[1]
+    x = rows.masked_fill(torch.arange(T) >= given, model.mask_id).to(next(model.parameters()).device)
+    drawing = dict(temperature=1.0, forbid=[ids.pad_id, ids.bos_id, ids.unk_id])
+    drawing["generator"] = torch.Generator().manual_seed(seed)
+    if hasattr(model, "extend"):
+        how, write = dict(strategy="left_to_right", steps=T - given), functools.partial(sampling.write, model)
+    else:
+        how = dict(strategy=SampleConfig.strategy, steps=min(steps or T, T - given))
+        write = functools.partial(sampling.denoise, model, **how)
+    done = [collections.deque(write(some, **drawing), maxlen=1).pop() for some in x.split(batch_size)]  # last steps
+    return [text for step in done for text in step.x.tolist()], how | {"temperature": 1.0, "given": given}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,7 +170,7 @@ def measure(texts, tokenizer, judge=None, given=0):
         check_judge(judge, tokenizer)
         mean, error = ratio(judged(judge, texts, given), tokens) if result["tokens"] else (None, None)
         result["judge_nats_per_token"] = {"mean": mean, "standard_error": error}
-    counts = sum(writing(t, tokenizer, g) for t, g in zip(texts, given, strict=True))
+    counts = sum(spelling(t, tokenizer, g) for t, g in zip(texts, given, strict=True))
     impossible, aksharas, broken, chars = counts.tolist() if len(texts) else (0, 0, 0, 0)
     return result | {
         "unigram_entropy": entropy(new),

@@ -11,6 +11,7 @@ from toys import KINDS, MARKOV, MASK_PROBS, MASKS, SOURCES, STRINGS, T, Toy, V, 
 
 import diffusion
 from config import MaskConfig
+from sampling import STRATEGIES, denoise
 
 STRING = torch.tensor([[0, 1, 2, 0]])  # a string the Markov source can write
 SCHEDULES = list(itertools.product(("linear", "cosine"), ("continuous", "discrete"), ("stratified", "uniform")))
@@ -350,3 +351,108 @@ def test_the_loss_is_a_pure_function_of_its_generator():
         assert torch.equal(toy.seen[-1], toy.seen[-2])
     diffusion.bound(toy, STRINGS, seeded(7))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the chain rule
+
+ORDERS = {"None": None, **{name: score for name, score in STRATEGIES.items() if name != "random"}}
+each_order = pytest.mark.parametrize("name", ORDERS)
+
+
+def stepwise(denoiser, string, score):
+    """-log p of one string, a place at a time in plain Python, and the order of places."""
+    shown, nats, order = [V] * T, 0.0, []
+    for _ in range(T):
+        probs = denoiser(torch.tensor([shown]))[0].double().softmax(1)  # (T, V)
+        places = [i for i in range(T) if shown[i] == V]
+        scores = [float(score(probs[i : i + 1].float(), torch.tensor([i]), None)) for i in places] if score else [0]
+        place = places[scores.index(max(scores))]
+        nats -= math.log(probs[place, string[place]])
+        shown[place] = string[place]
+        order.append(place)
+    return nats, order
+
+
+@each_order
+@pytest.mark.parametrize("source", SOURCES)
+def test_chain_rule_of_an_exact_denoiser_is_the_logarithm_of_p_in_any_order(source, name):
+    p = SOURCES[source]
+    x0 = STRINGS[p > 0]
+    nats = diffusion.chain_rule(toys.oracle(p), x0, ORDERS[name]) * T
+    torch.testing.assert_close(nats, -p[p > 0].log(), rtol=0, atol=1e-5)
+
+
+@each_order
+def test_chain_rule_of_a_wrong_denoiser_is_a_likelihood(name):
+    """Against the same sums by hand; and p sums to 1 over all strings, as no order that peeks at the answer does."""
+    denoiser = toys.oracle(MARKOV, tilt=1.0)
+    nats = diffusion.chain_rule(denoiser, STRINGS, ORDERS[name]) * T  # (81,)
+    by_hand, orders = zip(*(stepwise(denoiser, s.tolist(), ORDERS[name]) for s in STRINGS), strict=True)
+    torch.testing.assert_close(nats, torch.tensor(by_hand, dtype=torch.float64), rtol=1e-5, atol=1e-4)
+    assert nats.dtype == torch.float64 and abs(float((-nats).exp().sum()) - 1) < 1e-5
+    ways = {tuple(order) for order in orders}
+    assert ways == {(0, 1, 2, 3)} if name in ("None", "left_to_right") else len(ways) >= 4
+    for chunk in (1, 7):
+        again = diffusion.chain_rule(denoiser, STRINGS, ORDERS[name], chunk) * T
+        torch.testing.assert_close(again, nats, rtol=1e-6, atol=1e-6)
+
+
+def test_the_bound_is_the_mean_of_the_chain_rule_over_all_orders():
+    """So that the mixture of the orders costs less than the bound, and one order may cost less or more."""
+    denoiser, costs = toys.oracle(MARKOV, tilt=0.5), []
+    for order in itertools.permutations(range(T)):
+        rank = torch.tensor(order).argsort()
+        costs.append(diffusion.chain_rule(denoiser, STRINGS, lambda probs, position, g, rank=rank: -rank[position]))
+    costs = torch.stack(costs)  # (24, 81)
+    expected = toys.costs(denoiser, STRINGS) @ MASK_PROBS
+    torch.testing.assert_close(costs.mean(0), expected, rtol=1e-5, atol=1e-5)
+    assert costs.std(0).min() > 0.01
+    mixture = -((-costs * T).exp().mean(0).log()) / T
+    assert (mixture < expected).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["None", "confidence"])
+def test_chain_rule_goes_the_samplers_way(kind, name):
+    """The text that the sampler writes greedily is scored in the order in which it was written, and each forward sees
+    what the sampler saw. Rows of a batch are scored as they are alone."""
+    model, canvas = build(kind, noise=0.5).eval(), torch.full((3, 16), 11)
+    strategy = "left_to_right" if name == "None" else name
+    settings = dict(strategy=strategy, steps=16, temperature=0, threshold=1.0)
+    steps = list(denoise(model, canvas, **settings))
+    x0, seen = steps[-1].x, []
+    hook = model.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    nats = diffusion.chain_rule(model, x0, ORDERS[name])
+    hook.remove()
+    assert len(seen) == 16 and all(map(torch.equal, seen, [canvas, *(s.x for s in steps[:-1])]))
+    log_p = sum((s.confidence * s.revealed).sum(1).double().log() for s in steps)
+    torch.testing.assert_close(nats, -log_p / 16, rtol=1e-5, atol=1e-5)
+    other = torch.randint(11, (5, 16), generator=seeded())
+    before, together = other.clone(), diffusion.chain_rule(model, other, ORDERS[name])
+    alone = torch.cat([diffusion.chain_rule(model, row[None], ORDERS[name]) for row in other])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    assert torch.equal(other, before) and not together.requires_grad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# observers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_observer_sees_each_hidden_token_once_and_changes_nothing(kind):
+    model, windows = build(kind).eval(), [torch.randint(11, (n,), generator=seeded(n)) for n in (16, 16, 16, 7)]
+    forwards, seen = [], []
+    hook = model.register_forward_hook(lambda _, args, logits: forwards.append(logits))
+    plain = diffusion.bound_windows(model, windows, 5, batch_size=2)
+    count = len(forwards)
+    nats, hidden = diffusion.bound_windows(model, windows, 5, batch_size=2, observe=lambda *a: seen.append(a))
+    hook.remove()
+    assert torch.equal(nats, plain[0]) and torch.equal(hidden, plain[1]) and len(forwards) == 2 * count
+    k = (hidden * torch.tensor([len(w) for w in windows])[:, None]).round().long()
+    logits, target = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert len(target) == k.sum() and torch.equal(logits, torch.cat(forwards[count:]))
+    for v in (logits, target):
+        assert not v.requires_grad
+    total = (nats.double() * k).sum()  # row means times counts: the sum over all hidden tokens
+    torch.testing.assert_close(F.cross_entropy(logits.double(), target, reduction="sum"), total, rtol=1e-5, atol=0)

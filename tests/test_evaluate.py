@@ -8,13 +8,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from toys import Toy, build, fixed, seeded
+from conftest import contents, make_data, train
+from toys import MARKOV, STRINGS, Toy, V, build, code, fixed, oracle, seeded
 
 import checkpoint
 import dataset
+import diffusion
 import evaluate
 import ngram
+import quality
 import tokenizer as tokenizers
+
+Letters = collections.namedtuple("Letters", "vocab_size token_bytes")(V, [b"ab", b"c", "म".encode()].__getitem__)
 
 
 @pytest.fixture(params=["bytes", "bpe"])
@@ -261,3 +266,194 @@ def test_bigram_where_no_pair_or_every_pair_is_single(train):
         train_ids = np.array(train, np.uint16)
         given = [math.exp(ngram.unigram(train_ids, p[:1], 5) - ngram.bigram(train_ids, p, 5)) for p in pairs]
         assert sum(given) == pytest.approx(1) and min(given) > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reliability
+
+
+def curve_by_hand(probs, targets):
+    """Ten bins of (tokens, confidence, right) from rows of probabilities, in plain Python."""
+    bins = [[0, 0.0, 0] for _ in range(10)]
+    for p, target in zip(probs, targets, strict=True):
+        b = bins[min(9, max(0, math.ceil(max(p) * 10) - 1))]
+        b[0], b[1], b[2] = b[0] + 1, b[1] + max(p), b[2] + (p.index(max(p)) == target)
+    return bins
+
+
+def check_curve(figures, bins):
+    n = sum(b[0] for b in bins)
+    assert len(figures["reliability"]) == 10 and sum(b["n"] for b in figures["reliability"]) == n
+    for i, (row, (count, sure, right)) in enumerate(zip(figures["reliability"], bins, strict=True)):
+        assert (row["from"], row["to"], row["n"]) == (i / 10, (i + 1) / 10, count)
+        means = (sure / count, right / count) if count else (None, None)
+        assert (row["confidence"], row["accuracy"]) == (pytest.approx(means[0]), pytest.approx(means[1])) or not count
+        assert count or row["confidence"] is row["accuracy"] is None
+    error = sum(count / n * abs(right / count - sure / count) for count, sure, right in bins if count)
+    assert figures["calibration_error"] == pytest.approx(error)
+
+
+def test_reliability_against_the_same_masks_by_hand():
+    """From the canvases that the bound showed, with no forward of its own; the bound's bits stay."""
+    toy, tokenizer = Toy(oracle(MARKOV, tilt=1.5).f), Letters
+    x0 = STRINGS[torch.multinomial(MARKOV, 60, True, generator=seeded())]
+    plain = evaluate.evaluate(toy, tokenizer, list(x0), masks=5)
+    forwards, toy.seen, curve = len(toy.seen), [], evaluate.Reliability()
+    assert evaluate.evaluate(toy, tokenizer, list(x0), masks=5, observe=curve) == plain
+    assert len(toy.seen) == forwards == 10  # batches of 32 and 28
+    probs, targets = [], []
+    for i, x_t in enumerate(toy.seen):
+        rows = x0[:32] if i < 5 else x0[32:]
+        p = toy.f(x_t).softmax(2)
+        probs += p[x_t == V].tolist()
+        targets += rows[x_t == V].tolist()
+    check_curve(curve.figures(), curve_by_hand(probs, targets))
+    assert curve.figures()["calibration_error"] > 0.03
+
+
+def test_reliability_of_an_exact_denoiser_is_the_diagonal():
+    """And one that says 0.6 while it is right in 0.5 of all cases has an error of 0.1."""
+    x0 = list(STRINGS[torch.multinomial(MARKOV, 4000, True, generator=seeded())])
+    curve = evaluate.Reliability()
+    evaluate.evaluate(oracle(MARKOV), Letters, x0, masks=4, batch_size=1000, observe=curve)
+    for b in curve.figures()["reliability"]:
+        if b["n"]:
+            p = b["confidence"]
+            error = 2 * (p * (1 - p) / b["n"]) ** 0.5  # of four masks that share a window, at most
+            assert abs(p - b["accuracy"]) < 4 * error + 1e-5
+    assert curve.figures()["calibration_error"] < 0.01
+    overconfident, curve = fixed(*torch.tensor([0.6, 0.2, 0.2]).log().tolist()), evaluate.Reliability()
+    evaluate.evaluate(overconfident, Letters, [torch.tensor([0, 1, 0, 2] * 5)] * 100, observe=curve, masks=4)
+    (only,) = (b for b in curve.figures()["reliability"] if b["n"])
+    assert only["confidence"] == pytest.approx(0.6) and only["accuracy"] == pytest.approx(0.5, abs=0.02)
+    assert curve.figures()["calibration_error"] == pytest.approx(only["confidence"] - only["accuracy"])
+
+
+def test_reliability_of_the_twin_is_of_its_next_tokens():
+    model, windows = build("autoregressive", noise=0.6).eval(), list(torch.randint(11, (9, 16), generator=seeded()))
+    windows.append(windows[0][:5])
+    curve, tokenizer = evaluate.Reliability(), collections.namedtuple("T", "vocab_size token_bytes")(11, lambda i: b"a")
+    result = evaluate.evaluate(model, tokenizer, windows, batch_size=4, observe=curve)
+    assert result == evaluate.evaluate(model, tokenizer, windows, batch_size=4)
+    probs = [p for w in windows for p in model(w[None])[0].softmax(1).tolist()]
+    check_curve(curve.figures(), curve_by_hand(probs, torch.cat(windows).tolist()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the chain rule
+
+
+def test_evenly_spread_windows_are_full():
+    windows = [torch.zeros(n) for n in [8] * 10 + [3]]
+    assert evaluate.evenly(windows, 5) == [0, 2, 4, 6, 8] and evaluate.evenly(windows, 3) == [0, 3, 6]
+    assert evaluate.evenly(windows, 10) == evaluate.evenly(windows, 11) == evaluate.evenly(windows, 99) == [*range(10)]
+    assert evaluate.evenly(windows[-1:], 2) == [0]  # a text shorter than a window
+
+
+def test_chain_rule_of_windows_by_enumeration():
+    """Exact denoiser: both orders cost -log p. Wrong one: from left to right by the product of its conditionals."""
+    x0 = STRINGS[torch.multinomial(MARKOV, 50, True, generator=seeded())]
+    n_bytes = torch.tensor([[2, 1, 3][c] for w in x0[::5] for c in w]).view(10, 4).sum(1).double()
+    bound = torch.linspace(1, 9, 50, dtype=torch.float64).tolist()
+    for tilt in (0.0, 1.0):
+        toy = oracle(MARKOV, tilt)
+        result = evaluate.chain_rule(toy, Letters, list(x0), bound, 10, batch_size=4)
+        logp = torch.zeros(10, dtype=torch.float64)
+        for t in range(4):
+            x_t = x0[::5].clone()
+            x_t[:, t:] = V
+            logp += toy.f(x_t)[:, t].log_softmax(1).gather(1, x0[::5, t : t + 1]).squeeze(1)
+        if tilt == 0:
+            torch.testing.assert_close(logp, MARKOV[code(x0[::5])].log())
+            assert result["own_order"]["bits_per_byte"] == pytest.approx(result["left_to_right"]["bits_per_byte"])
+        else:
+            assert result["own_order"]["bits_per_byte"]["mean"] != result["left_to_right"]["bits_per_byte"]["mean"]
+        assert list(result) == ["left_to_right", "own_order", "bound"]
+        ours, theirs = result["left_to_right"], result["bound"]
+        assert ours["bits_per_byte"]["mean"] == pytest.approx(float(-logp.sum() / math.log(2) / n_bytes.sum()))
+        assert ours["nats_per_token"]["mean"] == pytest.approx(float(-logp.mean() / 4))
+        assert ours["nats_per_token"]["standard_error"] == pytest.approx(float(logp.std() / 4 / 10**0.5))
+        assert theirs["nats_per_token"]["mean"] == pytest.approx(sum(bound[::5]) / 40)
+        found = ours["bits_per_byte_less_bound"]  # paired, as two runs are
+        assert found["mean"] == pytest.approx(float((-logp.sum() - sum(bound[::5])) / math.log(2) / n_bytes.sum()))
+        pair = evaluate.paired(*(scores(nats, n_bytes.tolist()) for nats in ((-logp).tolist(), bound[::5])))
+        assert (found["mean"], found["standard_error"]) == pytest.approx(pair)
+        assert {part["windows"] for part in result.values()} == {10}
+        assert ours["per_window"]["window"] == [*range(0, 50, 5)]
+        assert ours["per_window"]["nats"] == pytest.approx((-logp).tolist(), abs=6e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# by command
+
+
+@pytest.fixture(scope="module")
+def twin(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "twin"
+    train(data, out, "--seq_len", 24, kind="autoregressive")
+    return out
+
+
+def test_chain_rule_judge_and_samples_by_command(command, trained, twin, data, tmp_path):
+    out, argv = tmp_path / "eval.json", ("--masks", 2, "--device", "cpu", "--max_windows", 40)
+    plain = command("evaluate", "--ckpt", trained, *argv, "--output", out)
+    assert plain.code == 0, plain.err
+    before = json.loads(out.read_text("utf-8"))
+    assert not {"chain_rule", "samples", "real_text"} & before.keys() and "less bound" not in plain.out
+    more = ("--chain_rule", 7, "--judge", twin, "--samples", 5, "--sample_steps", 6, "--batch_size", 3)
+    result = command("evaluate", "--ckpt", trained, *argv, *more, "--output", out)
+    assert result.code == 0, result.err
+    after = json.loads(out.read_text("utf-8"))
+    loaded, judge = checkpoint.load(trained), checkpoint.load(twin)
+    windows = dataset.windows(dataset.load(data).val, 32, 40)
+    assert sum(b["n"] for b in before["reliability"]) > 40 * 2 * 10
+
+    some = [windows[i * 40 // 7] for i in range(7)]
+    sizes = evaluate.text_sizes(some, loaded.tokenizer)[1]
+    for name, order in evaluate.ORDERS.items():
+        bits = diffusion.chain_rule(loaded.denoiser, torch.stack(some), order) * 32 / math.log(2)
+        found = after["chain_rule"][name]["bits_per_byte"]
+        assert found["mean"] == pytest.approx(float(bits.sum() / sizes.sum()), rel=1e-5)
+        assert f"{found['mean']:.4f} ± {found['standard_error']:.4f}" in result.out
+    nats = [after["per_window"]["nats"][i * 40 // 7] for i in range(7)]
+    found = after["chain_rule"]["bound"]["bits_per_byte"]["mean"]
+    assert found == pytest.approx(sum(nats) / math.log(2) / float(sizes.sum()))
+    assert f"{after['chain_rule']['own_order']['bits_per_byte_less_bound']['mean']:.4f}" in result.out
+
+    real = torch.stack([windows[i * 40 // 5][:24] for i in range(5)])  # the judge's window is the shorter one
+    texts, how = quality.continued(loaded, real, 6, 6, batch_size=3)
+    assert how == dict(strategy="confidence", steps=6, temperature=1.0, given=6)
+    assert after["samples"] == quality.measure(texts, loaded.tokenizer, judge, 6) | {
+        "judge": str(twin / "best.pt"), **how}  # fmt: skip
+    nll = judge.denoiser.token_nll(real)[:, 6:].detach()
+    assert after["real_text"]["judge_nats_per_token"]["mean"] == pytest.approx(float(nll.mean()), rel=1e-5)
+    assert after["real_text"] == quality.measure(real.tolist(), loaded.tokenizer, judge, 6)
+    assert after["real_text"]["invalid_utf8"] == 0 and after["real_text"]["tokens"] == 90 == after["samples"]["tokens"]
+    for name in after["real_text"]:
+        line = next(x for x in result.out.splitlines() if x.strip().startswith(name.replace("_", " ") + " "))
+        for figure in (after["samples"][name], after["real_text"][name]):
+            assert evaluate.show(figure) in line
+
+    own = command("evaluate", "--ckpt", twin, *argv, "--judge", twin, "--samples", 2, "--output", out)
+    assert own.code == 0, own.err
+    after = json.loads(out.read_text("utf-8"))
+    assert (after["samples"]["strategy"], after["samples"]["steps"]) == ("left_to_right", 18)
+    assert sum(b["n"] for b in after["reliability"]) == after["tokens"]
+
+
+def test_wrong_commands(command, trained, twin, tmp_path):
+    other = tmp_path / "other"
+    train(make_data(tmp_path / "data", seed=1), other, "--max_steps", 1, kind="autoregressive")
+    before = {run: contents(run) for run in (trained, twin)}
+    for ckpt, flags, why in (
+        (trained, ("--judge", trained), "cannot judge: it is a transformer"),
+        (trained, ("--judge", other), "cannot judge: it has another tokenizer"),
+        (trained, ("--judge", tmp_path / "nothing"), "nothing"),
+        (twin, ("--chain_rule", 1), "its likelihood is exact already; leave --chain_rule out"),
+        (trained, ("--chain_rule", -1), "--chain_rule is -1"),
+        (trained, ("--samples", 0), "--samples is 0"),
+        (trained, ("--sample_steps", -2), "--sample_steps is -2"),
+    ):
+        refused = command("evaluate", "--ckpt", ckpt, "--device", "cpu", *flags)
+        assert refused.code == 2 and why in refused.error() and not refused.out
+    assert before == {run: contents(run) for run in (trained, twin)}
