@@ -46,8 +46,8 @@ def ways(new, block):
 
 def label(settings):
     """What distinguishes the ways of one name."""
-    named = {k: v for k, v in settings.items() if k in ("threshold", "entropy_bound")}
-    return " ".join(f"{k} {v}" for k, v in named.items()) or f"{settings['steps']} steps"
+    limit = settings.get("threshold", settings.get("entropy_bound"))
+    return f"{settings['steps']} steps" if limit is None else f"limit {limit}"
 
 
 def timed(steps, device):

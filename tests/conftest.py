@@ -18,6 +18,7 @@ import torch
 import checkpoint
 import config
 import prepare
+import train_autoregressive
 import train_diffusion
 
 ROOT = Path(__file__).parents[1]
@@ -78,6 +79,18 @@ def trained(data, tmp_path_factory):
     """A finished run of 12 steps with checkpoints at 4, 8 and 12. Not to be written to."""
     out = tmp_path_factory.mktemp("runs") / "trained"
     train(data, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def twin(data, tmp_path_factory):
+    """A run of train_autoregressive.py, by way of its main. Not to be written to."""
+    out = tmp_path_factory.mktemp("runs") / "twin"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as e:
+        more = ["--sample_interval", 4, "--dropout", 0, "--weight_decay", 0.3, "--seq_len", 32]
+        patch.setattr(sys, "argv", ["train_autoregressive.py", *flags(data, out, *more)])
+        config.run_main(train_autoregressive.main)
+    assert not e.value.code
     return out
 
 

@@ -24,7 +24,6 @@ import dataset
 import model
 import sample_diffusion
 import sampling
-import train_autoregressive
 
 SCRIPTS = {
     "prepare": [config.PrepareConfig],
@@ -449,18 +448,6 @@ def test_the_lengths_of_a_free_blank(trained):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the autoregressive twin
-
-
-@pytest.fixture(scope="module")
-def twin(data, tmp_path_factory):
-    """A run of train_autoregressive.py, by way of its main. Not to be written to."""
-    out = tmp_path_factory.mktemp("runs") / "twin"
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as e:
-        more = ["--sample_interval", 4, "--dropout", 0, "--weight_decay", 0.3, "--seq_len", 32]
-        patch.setattr(sys, "argv", ["train_autoregressive.py", *flags(data, out, *more)])
-        config.run_main(train_autoregressive.main)
-    assert not e.value.code
-    return out
 
 
 def test_the_twin_is_trained_and_evaluated_beside_a_denoiser(command, trained, twin, tmp_path):
