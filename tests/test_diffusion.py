@@ -398,6 +398,13 @@ def test_chain_rule_of_a_wrong_denoiser_is_a_likelihood(name):
         torch.testing.assert_close(again, nats, rtol=1e-6, atol=1e-6)
 
 
+def test_of_equals_the_first_is_next():
+    toy = toys.fixed(0.3, 1.0, 0.3)
+    diffusion.chain_rule(toy, STRINGS, STRATEGIES["confidence"])
+    for t, x_t in enumerate(toy.seen):
+        assert torch.equal(x_t, STRINGS.masked_fill(torch.arange(T) >= t, V))
+
+
 def test_the_bound_is_the_mean_of_the_chain_rule_over_all_orders():
     """So that the mixture of the orders costs less than the bound, and one order may cost less or more."""
     denoiser, costs = toys.oracle(MARKOV, tilt=0.5), []
@@ -454,5 +461,9 @@ def test_an_observer_sees_each_hidden_token_once_and_changes_nothing(kind):
     assert len(target) == k.sum() and torch.equal(logits, torch.cat(forwards[count:]))
     for v in (logits, target):
         assert not v.requires_grad
+    parts = []
+    diffusion.token_nll(logits, target, chunk=7, observe=lambda *a: parts.append(a))
+    assert len(parts) == -(-len(target) // 7) and all(len(l) == len(y) <= 7 for l, y in parts)
+    assert all(map(torch.equal, map(torch.cat, zip(*parts, strict=True)), (logits, target)))
     total = (nats.double() * k).sum()  # row means times counts: the sum over all hidden tokens
     torch.testing.assert_close(F.cross_entropy(logits.double(), target, reduction="sum"), total, rtol=1e-5, atol=0)
