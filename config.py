@@ -114,6 +114,9 @@ class TransformerConfig:
     d_ff: int = knob(1024, "inner width of the SwiGLU")
     dropout: float = knob(0.0, "dropout on each residual branch; 0 is off")
     window: int = knob(0, "local attention: half of these tokens to each side, every third layer sees all; 0: all do")
+    block_length: int = knob(
+        0, "block diffusion: blocks of so many tokens from left to right, inside them any order; 0: no"
+    )
 
     def __post_init__(self):
         check(
@@ -123,6 +126,8 @@ class TransformerConfig:
         check(min(self.d_model, self.n_layers, self.n_heads, self.d_ff) >= 1, "the model's sizes must be 1 or more")
         check(0 <= self.dropout < 1, f"--dropout is {self.dropout}, needs 0 <= dropout < 1")
         check(self.window >= 0 and self.window % 2 == 0, f"--window is {self.window}, needs to be 0 or even")
+        check(self.block_length >= 0, f"--block_length is {self.block_length}, needs to be 0 or more")
+        check(not (self.window and self.block_length), "--window and --block_length exclude each other")
 
 
 @dataclass
@@ -132,11 +137,13 @@ class EcoHybridConfig(TransformerConfig):
     memory_slots: int = knob(32, "slots of the memory, anchored along the longest window")
     conv_kernel: int = knob(7, "positions that the local convolution reads, odd")
     window: int = knob(0, "the convolution is what is local here", flag=False)
+    block_length: int = knob(0, "slots and convolution see both sides", flag=False)
     attn_every: int = knob(4, "every n-th layer is a Transformer block with full attention; 0: none is")
 
     def __post_init__(self):
         super().__post_init__()
         check(self.window == 0, f"window is {self.window}: EcoHybrid is local already, windows are for the Transformer")
+        check(self.block_length == 0, f"block_length is {self.block_length}: blocks are for the Transformer")
         check(self.memory_slots >= 2, f"--memory_slots is {self.memory_slots}, needs to be 2 or more")
         check(
             self.conv_kernel >= 1 and self.conv_kernel % 2 == 1,
@@ -150,17 +157,21 @@ class EcoHybridConfig(TransformerConfig):
 class AutoregressiveConfig(TransformerConfig):
     """The sizes, and so the parameters, of the Transformer whose causal twin it is."""
 
+    block_length: int = knob(0, "every token is a block of its own here", flag=False)
+
     def __post_init__(self):
         super().__post_init__()
         check(
             self.window == 0, f"--window is {self.window}: that is for train_diffusion.py, this model sees all before"
         )
+        check(self.block_length == 0, f"block_length is {self.block_length}: that is for train_diffusion.py")
 
 
 @dataclass
 class TrainConfig:
     data_dir: str = knob("data/processed", "folder written by prepare.py")
     output_dir: str = knob("checkpoints/diffusion_hi", "run folder: config.json, metrics.jsonl and checkpoints")
+    init: str = knob("", "begin with the averaged weights of this .pt or run, of the same kind, sizes and tokenizer")
     preset: str = knob(
         "laptop",
         "sizes to start from, flags override them: tiny 0.9M parameters (1k vocabulary), laptop 17M and base 91M (8k)",
@@ -247,7 +258,7 @@ class SampleConfig:
     threshold: float = knob(0.9, "strategy threshold decides every position surer than this, and at least its quota")
     entropy_bound: float = knob(0.1, "strategy entropy_bounded decides together what adds up to so many nats, and more")
     confidence_stop: float = knob(0.0, "finish a row early once all its open positions are surer than this; 0 is off")
-    block_length: int = knob(0, "write blocks of so many tokens from left to right, with a cache; 0: all at once")
+    block_length: int = knob(0, "write blocks of so many tokens from left to right, with a cache; 0: as trained")
     remask: float = knob(0.0, "chance a step that a decided token is hidden again; 0 is off")
     loop: float = knob(0.0, "with --remask: the part of the steps that only hides and decides again, at nine tenths")
     min_new_tokens: int = knob(0, "tokens before the text may end")

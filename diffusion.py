@@ -4,8 +4,11 @@
     nats = bound(denoiser, x0, generator=g)             # (B,) unbiased estimate of the negative ELBO, nats per token
 
 Everything is a function on tensors. A model with no time argument sees the time as the fraction that is hidden.
+A denoiser with a `block_length` L writes blocks of L tokens from left to right (BD3-LM, arXiv 2503.09573): each block
+has its own k, uniform on 1..L, and sees clean blocks before it; its cost is one block's bound given those, and they add
+up. L 1 is the exact likelihood from left to right, L >= T the plain bound: what follows for a row holds for a block.
 Mathematics: docs/DIFFUSION_MODEL_DETAILED.md; LLaDA (arXiv 2502.09992) eq. 6, MDLM (2406.07524), MD4 (2406.04329).
-Shapes: B rows, T tokens, V real tokens, N hidden tokens of the batch; MASK is id V.
+Shapes: B rows, T tokens, n blocks a row (1 unless told), V real tokens, N hidden tokens of the batch; MASK is id V.
 """
 
 import math
@@ -54,9 +57,18 @@ def rate_and_weight(t, schedule="linear", low=0.0, high=1.0, levels=0):
 # hiding
 
 
-def hide_tokens(noise, k):
-    """Exactly k random positions a row: those that a random permutation sends below k. noise (B, T) uniform, k (B,)."""
-    return noise.argsort(1) < k[:, None]
+def block_sizes(denoiser, T):
+    """Sizes (n,) of the blocks in which the denoiser writes T tokens: all alike, the last may be smaller."""
+    L = min(getattr(denoiser, "block_length", 0) or T, T)
+    return (T - torch.arange(0, T, L)).clamp(max=L)
+
+
+def hide_tokens(noise, k, L):
+    """Exactly k random positions a block of L: those that a random permutation of it sends below k.
+
+    noise (B, T) uniform, k (B, n)."""
+    block = torch.arange(noise.shape[1]) // L  # (T,)
+    return (noise.double() + block).argsort(1) - block * L < k[:, block]  # the sum would round up in float32
 
 
 def hide_spans(noise, coin, k, starts, mean_span_length):
@@ -74,15 +86,18 @@ def hide_spans(noise, coin, k, starts, mean_span_length):
     return rank.gather(1, first_of(starts)) < k[:, None]
 
 
-def corrupt(x0, mask_id, k=None, generator=None):
+def corrupt(x0, mask_id, k=None, generator=None, sizes=None):
     """Hide k of the T tokens in each row of x0 (B, T); k (B,) or, by default, stratified and uniform on 1..T.
 
-    Returns x_t (B, T) and masked (B, T) bool. generator: a CPU generator, here and below.
+    sizes (n,): in each block of these sizes instead, k (B, n). Returns x_t (B, T) and masked (B, T) bool.
+    generator: a CPU generator, here and below.
     """
     B, T = x0.shape
+    sizes = torch.tensor([T]) if sizes is None else sizes
     if k is None:
-        k = (draw_times(B, generator=generator) * T).ceil().long()
-    masked = hide_tokens(torch.rand(B, T, generator=generator), k.cpu()).to(x0.device)
+        k = (draw_times(B * len(sizes), generator=generator).view(B, -1) * sizes).ceil().long()
+    noise = torch.rand(B, T, generator=generator)
+    masked = hide_tokens(noise, k.cpu().view(B, -1), int(sizes[0])).to(x0.device)
     return x0.masked_fill(masked, mask_id), masked
 
 
@@ -106,13 +121,15 @@ def token_nll(logits, target, chunk=4096, observe=None):
 def hidden_nll(denoiser, x_t, masked, x0, chunk=4096, observe=None):
     """-log p(x0 | x_t) of the hidden tokens alone: the head is computed nowhere else.
 
-    Returns nll (N,) in nats, fp32, and the row (N,) that each belongs to.
+    Returns nll (N,) in nats, fp32, and the row (N,) that each belongs to, or the block, of B·n.
     """
-    device = next(denoiser.parameters()).device
+    device, T = next(denoiser.parameters()).device, x0.shape[1]
+    sizes = block_sizes(denoiser, T)
     where = masked.flatten().nonzero().squeeze(1)  # (N,), on the CPU in training: its size is known without waiting
-    row, target = where // x0.shape[1], x0.flatten()[where]
+    row, target = where // T * len(sizes) + where % T // int(sizes[0]), x0.flatten()[where]
     x_t, where, row, target = (v.to(device) for v in (x_t, where, row, target))
-    return token_nll(denoiser(x_t, where), target, chunk, observe), row
+    before = dict(x0=x0.to(device)) if len(sizes) > 1 else {}
+    return token_nll(denoiser(x_t, where, **before), target, chunk, observe), row
 
 
 def row_means(nll, row, B):
@@ -128,28 +145,32 @@ def training_loss(denoiser, x0, cfg, generator=None, part=(0, 1), starts=None):
     rows and sliced, from a generator that stands the same for every part: times are stratified over the whole step,
     and one big batch, accumulation and several processes give the same masks.
     The weights are divided by their mean over the step: a model of constant cross-entropy costs exactly its constant.
+    Blocks: each has its own time, stratified over all blocks of the step; elbo weighs them by their size too, low_var
+    still counts every hidden token the same. With blocks of one token both are the likelihood. Spans know no blocks.
     starts (B, T) bool: where words begin, for masking_strategy span.
     """
     (B, T), (i, n) = x0.shape, part
     mine = slice(i * B, (i + 1) * B)
-    t = draw_times(n * B, cfg.timestep_sampling, generator)
+    sizes = block_sizes(denoiser, T)  # (blocks,)
+    t = draw_times(n * B * len(sizes), cfg.timestep_sampling, generator).view(n * B, -1)  # (n·B, blocks)
     levels = cfg.timesteps if cfg.time_mode == "discrete" else 0
     rate, weight = rate_and_weight(t, cfg.mask_schedule, cfg.min_mask_rate, cfg.max_mask_rate, levels)
-    k = (rate * T - 1e-9).ceil().clamp(1, T).long()  # (n·B,) exact counts; 0.07 · 100 is 7.000000000000001
+    k = (rate * sizes - 1e-9).ceil().clamp(min=1).long()  # exact counts; 0.07 · 100 is 7.000000000000001
+    weight = weight * (sizes / sizes[0].double())
     if cfg.loss_weight == "low_var":  # every hidden token counts the same, with spans about (arXiv 2602.15014)
         weight = k.double()
-    weight = (weight / weight.mean())[mine].float()
+    weight = (weight / weight.mean())[mine].float().flatten()  # (B·blocks,)
 
     noise = torch.rand(n * B, T, generator=generator)[mine]
     if cfg.masking_strategy == "span":
         coin = torch.rand(n * B, T, generator=generator)[mine]
         starts = torch.ones(B, T, dtype=torch.bool) if starts is None else starts.cpu()
-        masked = hide_spans(noise, coin, k[mine], starts, cfg.mean_span_length)
+        masked = hide_spans(noise, coin, k[mine].squeeze(1), starts, cfg.mean_span_length)
     else:
-        masked = hide_tokens(noise, k[mine])
+        masked = hide_tokens(noise, k[mine], int(sizes[0]))
     masked = masked.to(x0.device)
     nll, row = hidden_nll(denoiser, x0.masked_fill(masked, denoiser.mask_id), masked, x0)
-    return (row_means(nll, row, B) * weight.to(nll.device)).mean()
+    return (row_means(nll, row, len(weight)) * weight.to(nll.device)).mean()
 
 
 @torch.no_grad()
@@ -157,10 +178,12 @@ def bound(denoiser, x0, generator=None, k=None, observe=None):
     """Unbiased estimate of the negative ELBO of each row of x0 (B, T): (B,) nats per token, one mask a row.
 
     Hide k of T tokens, k uniform on 1..T, and take the row's own mean over its hidden tokens (LLaDA eq. 6). A mean
-    over all hidden tokens of the batch is not a bound. k (B,): counts that the caller stratified.
+    over all hidden tokens of the batch is not a bound. k (B, n): counts of each block that the caller stratified.
     """
-    x_t, masked = corrupt(x0, denoiser.mask_id, k, generator)
-    return row_means(*hidden_nll(denoiser, x_t, masked, x0, observe=observe), x0.shape[0]).cpu()
+    (B, T), sizes = x0.shape, block_sizes(denoiser, x0.shape[1])
+    x_t, masked = corrupt(x0, denoiser.mask_id, k, generator, sizes)
+    means = row_means(*hidden_nll(denoiser, x_t, masked, x0, observe=observe), B * len(sizes)).view(B, -1)  # (B, n)
+    return (means.cpu() * (sizes / T)).sum(1)
 
 
 @torch.no_grad()
@@ -170,20 +193,22 @@ def chain_rule(denoiser, x0, score=None, chunk=4096):
     score(probs (N, V), position (N,), generator): a strategy of sampling.STRATEGIES; at every forward the open position
     that scores highest (the first of equals) is the next, its token is scored, and then shown (DUEL, arXiv 2603.01367).
     The order is a function of what is visible, never of what is still hidden: over all x0, p sums to 1. None: from left
-    to right.
+    to right. Where the denoiser writes in blocks, one is finished before the next.
     """
     (B, T), device = x0.shape, next(denoiser.parameters()).device
     x0 = x0.to(device)
     x_t, row, total = torch.full_like(x0, denoiser.mask_id), torch.arange(B, device=device), torch.zeros(B)
+    L, place = int(block_sizes(denoiser, T)[0]), torch.arange(T, device=device)
     for t in range(T):
         where = row * T + t  # (B,)
         if score:
-            where = (x_t == denoiser.mask_id).flatten().nonzero().squeeze(1)  # (B · (T - t),) as many in every row
-        logits = denoiser(x_t, where)  # (B or B · (T - t), V)
+            is_open = (x_t == denoiser.mask_id) & (place < (t // L + 1) * L)  # (B, T) as many in every row
+            where = is_open.flatten().nonzero().squeeze(1)  # (B·n,)
+        logits = denoiser(x_t, where)  # (B or B·n, V)
         if score:
             parts = zip(logits.split(chunk), (where % T).split(chunk), strict=True)
-            scores = torch.cat([score(l.float().softmax(1), p, None) for l, p in parts])
-            best = row * (T - t) + scores.view(B, T - t).argmax(1)  # (B,)
+            scores = torch.cat([score(l.float().softmax(1), p, None) for l, p in parts]).view(B, -1)  # (B, n)
+            best = row * scores.shape[1] + scores.argmax(1)  # (B,)
             where, logits = where[best], logits[best]
         token = x0.flatten()[where]  # (B,)
         total = total + token_nll(logits, token).double().cpu()
@@ -206,15 +231,16 @@ def bound_windows(denoiser, windows, masks, seed=0, batch_size=32, observe=None)
     """The bound of every window under `masks` stratified masks each, from fixed seeds.
 
     windows: list of (T_w,) long tensors, each run of equal lengths is batched. Returns nats per token and the hidden
-    fraction k / T_w, both (windows, masks).
+    fraction, both (windows, masks). The blocks of a window share one time, so that this fraction is that of each.
     """
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor([len(w) for w in windows])
     slices = (torch.arange(masks) + 1 - torch.rand(len(windows), masks, generator=generator)) / masks
-    k = (slices * lengths[:, None]).ceil().long()  # (windows, masks), each uniform on 1..T_w over its slice
-    nats = torch.zeros(k.shape)
+    nats, hidden = torch.zeros(slices.shape), torch.zeros(slices.shape)
     for run in runs(windows, batch_size):
         x0 = torch.stack(windows[run])
+        sizes = block_sizes(denoiser, x0.shape[1])
         for j in range(masks):
-            nats[run, j] = bound(denoiser, x0, generator, k[run, j], observe)
-    return nats, k / lengths[:, None]
+            k = (slices[run, j, None] * sizes).ceil().long()  # (B, n), each uniform on 1..size over its slice
+            nats[run, j] = bound(denoiser, x0, generator, k, observe)
+            hidden[run, j] = k.sum(1) / x0.shape[1]
+    return nats, hidden

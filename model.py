@@ -102,7 +102,7 @@ class Attention(nn.Module):
     def __init__(self, config, window=0, causal=False):
         super().__init__()
         C, self.n_heads, self.max_seq_len = config.d_model, config.n_heads, config.max_seq_len
-        self.reach, self.causal = window // 2, causal  # reach 0: all
+        self.reach, self.causal, self.block_length = window // 2, causal, config.block_length  # reach 0: all
         self.qkv = nn.Linear(C, 3 * C)
         self.qkv.weight.pieces = 3  # Muon treats them as three matrices
         self.out = nn.Linear(C, C, bias=False)
@@ -136,9 +136,12 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
     def pairs(self, T):
-        """Pairs of a query and a key that are needed. near_attention computes half as many again, more at small T."""
+        """Pairs of a query and a key that are needed. near_attention computes half as many again, more at small T;
+        blocks and their masks, all."""
         if self.causal:
             return T * (T + 1) // 2
+        if L := self.block_length:
+            return sum(min(L, T - s) * min(s + L, T) for s in range(0, T, L))
         reach = min(self.reach or T, T - 1)
         return T * (2 * reach + 1) - reach * (reach + 1)
 
@@ -179,6 +182,7 @@ class LanguageModel(nn.Module):
     token: in a canvas it marks what is to be written."""
 
     activation_checkpointing = False  # the trainer sets it
+    block_length = 0  # blocks of so many tokens see themselves and what stands before them; 0: all see all
     can_cache = False  # whether `forward` takes keys and values of what stands before x, see `cache`
 
     def __init__(self, config):
@@ -217,6 +221,7 @@ class LanguageModel(nn.Module):
 
         lengths (B,): rows are right-padded, and what lies behind a row's length changes nothing before it.
         past: cache=, start=, where `can_cache`: x_t stands behind `start` tokens that the cache holds, and joins them.
+        x0=, with a block_length: the blocks of x_t see x0 (B, T), not x_t, in the blocks before them.
         Raises ValueError if a row is longer than max_seq_len.
         """
         T, limit = x_t.shape[1] + past.get("start", 0), self.config.max_seq_len
@@ -252,6 +257,11 @@ class LanguageModel(nn.Module):
         head = 2 * hidden * self.config.d_model * self.config.vocab_size
         return sum(block.flops(T) for block in self.blocks) + head
 
+    def training_flops(self, T):
+        """As `flops`, of one window in training: half of each block is hidden, and clean blocks are read beside x_t."""
+        L = min(self.block_length or T, T)
+        return self.flops(T, (T - (-T // L)) / 2) + (self.flops(T, 0) if L < T else 0)
+
 
 class Denoiser(LanguageModel):
     def loss(self, x0, cfg, generator=None, **kwargs):
@@ -264,18 +274,28 @@ class Transformer(Denoiser):
         super().__init__(config)
         # local layers, and a full one every third: the baseline that efficient attention must beat (arXiv 2112.07210)
         self.init_blocks(0 if i % 3 == 2 else config.window for i in range(config.n_layers))
-        self.can_cache = not config.window
+        self.can_cache, self.block_length = not config.window, config.block_length
 
-    def trunk(self, x_t, lengths=None, cache=None, start=0):
-        end, attend, past = start + x_t.shape[1], None, None
+    def trunk(self, x_t, lengths=None, cache=None, start=0, x0=None):
+        T, end, attend, past = x_t.shape[1], start + x_t.shape[1], None, None
+        cos, sin, at = self.cos[start:end], self.sin[start:end], torch.arange(end, device=x_t.device)
         if lengths is not None:
-            attend = (torch.arange(end, device=x_t.device) < lengths[:, None])[:, None, None]  # (B, 1, 1, end) bool
-        x = self.embed(x_t)  # (B, T, C)
+            attend = (at < lengths[:, None])[:, None, None]  # (B, 1, 1, end) bool
+        if 0 < self.block_length < end:
+            number = at // self.block_length
+            before, own = number < number[start:, None], number == number[start:, None]  # (T, end)
+            sees = before | own
+            if x0 is not None:  # behind x_t its clean twin, at the same positions (BD3-LM, arXiv 2503.09573)
+                x_t, cos, sin = torch.cat((x_t, x0), 1), cos.repeat(2, 1), sin.repeat(2, 1)
+                clean = torch.cat((torch.zeros_like(own), sees), 1)
+                sees = torch.cat((torch.cat((own, before), 1), clean))  # (2T, 2T)
+            attend = sees if attend is None else sees & attend.repeat(1, 1, 1, 1 if x0 is None else 2)
+        x = self.embed(x_t)  # (B, T, C), or twice as long
         for i, block in enumerate(self.blocks):
             if cache is not None:
                 past = cache[i, ..., :end, :]
-            x = self.run(block, x, self.cos[start:end], self.sin[start:end], attend, past)
-        return x
+            x = self.run(block, x, cos, sin, attend, past)
+        return x[:, :T]
 
 
 class GPT(LanguageModel):

@@ -105,6 +105,7 @@ def generate(loaded, prompts, cfg, on_step=None):
     blanks, causal = any(BLANK.search(prompt) for prompt in prompts), hasattr(denoiser, "extend")
     check(not (causal and blanks), "an autoregressive model cannot fill blanks; leave ___ out, or name a denoiser")
     check(not (cfg.block_length and blanks), "blanks need what stands behind them: leave --block_length out")
+    check(not (denoiser.block_length and blanks), "blanks need what stands behind them: name a model without blocks")
     rows, groups = [], []  # groups: one a sample, the rows that compete for it
     for prompt in prompts:
         options = canvases(prompt, tokenizer, denoiser.mask_id, cfg.max_new_tokens, denoiser.config.max_seq_len)

@@ -247,7 +247,8 @@ def denoise(
     (ReMDM-cap, arXiv 2503.00307); with `loop` only in that part of the steps, in which nothing else is decided.
     block_length: blocks of so many positions are filled from left to right; nothing behind a block is seen. Where the
     model can, keys and values of what stands before a block are computed once a block (`cache`): an approximation, as
-    they do not see the block's new tokens.
+    they do not see the block's new tokens. A model trained with blocks takes its own (0, or the same number): its keys
+    and values are exact, and those of each block are computed once in all.
     eos_id: open positions behind an EOS that was drawn are filled with it at once; min_new: it is not drawn in a row's
     first so many open positions. no_repeat: n-grams of this length that would stand twice in a row are not drawn; two
     tokens of one step do not know of each other. lengths (B,): rows are right-padded. generator: a CPU generator.
@@ -270,17 +271,23 @@ def denoise(
             f"block_length is {block_length}, min_new {min_new}, entropy_bound {entropy_bound}, no_repeat {no_repeat}; "
             "they need to be 0 or more, no_repeat 0 or from 2 on"
         )
+    own = getattr(denoiser, "block_length", 0)
+    if own and block_length not in (0, own):
+        raise ValueError(f"block_length is {block_length}, and the model was trained with {own}; use that, or 0")
+    block_length = block_length or own
     x = x.clone()
     (B, T), device, mask_id = x.shape, x.device, denoiser.mask_id
     place = torch.arange(T, device=device)
     is_open = x == mask_id  # (B, T)
     ours, last_given = is_open.clone(), last_of(~is_open, lengths)  # what was open at first; (B, 1)
     if block_length and (ours & (place < last_given)).any():
-        raise ValueError("with block_length nothing behind a blank is seen; fill blanks without it")
+        raise ValueError(
+            "with block_length nothing behind a blank is seen; fill blanks without it, or by another model"
+        )
     early = ours & (ours.cumsum(1) <= min_new)  # (B, T) too early for EOS
     cached = bool(block_length and cache and getattr(denoiser, "can_cache", False))
     memory = denoiser.cache(B, T) if cached else None
-    forwards = 0
+    forwards, held = 0, 0  # positions whose keys and values the cache holds
     if not ours.any():  # nothing to fill
         yield Step(x, is_open, torch.ones(B, T, device=device), 0)
         return
@@ -295,7 +302,8 @@ def denoise(
                 break
             row, at = where // end, where % end
             # --- one forward, of the open block alone where the cache holds what is before it
-            begin, past = (start if cached and i else 0), {}
+            begin, past = (held if cached and (i or own) else 0), {}
+            held = start  # for the next forward: what this one reads before the block is decided
             if cached:
                 past = dict(cache=memory, start=begin)
             seen = None if lengths is None else lengths.clamp(max=end)

@@ -40,7 +40,7 @@ from optimizer import EMA, make_optimizers
 
 # what a resumed run may change; everything else must stay as it was
 MAY_CHANGE = set(
-    "max_steps resume plan check output_dir data_dir preset batch_size grad_accum amp device threads compile "
+    "max_steps resume init plan check output_dir data_dir preset batch_size grad_accum amp device threads compile "
     "activation_checkpointing wandb keep log_interval eval_interval eval_masks eval_windows sample_interval "
     "sample_steps save_interval".split()
 )
@@ -106,6 +106,20 @@ def differences(old, new):
     return ", ".join(f"{k} was {old[k]!r} and is {new[k]!r}" for k in fields)
 
 
+def begin_with(path, kind, sizes, tokenizer):
+    """The weights of another run, averaged where it kept that, for a model of `kind` and `sizes`.
+
+    Raises ValueError if it has another kind, tokenizer or size; block_length and dropout are no sizes.
+    """
+    other = checkpoint.load(path)
+    old, new = (dataclasses.asdict(c) | dict(block_length=0, dropout=0) for c in (other.denoiser.config, sizes))
+    old |= dict(kind=other.kind, tokenizer=other.tokenizer.sha256[:12])
+    new |= dict(kind=kind, tokenizer=tokenizer.sha256[:12])
+    fields = ", ".join(f"{k} {old.get(k)!r}, here {v!r}" for k, v in new.items() if old.get(k) != v)
+    check(not fields, f"--init {path} cannot begin this run: {fields}")
+    return other.denoiser.state_dict()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
@@ -135,9 +149,15 @@ def train(kind, mask, sizes, run, quiet=False):
         f"{folder}/{data.meta['tokenizer']['file']} is not the tokenizer that made {folder}; run prepare.py again",
     )
     check(V == data.meta["vocab_size"], f"meta.json states {data.meta['vocab_size']} ids, the tokenizer has {V}")
+    check(
+        mask.masking_strategy == "token" or not 0 < sizes.block_length < run.seq_len,
+        "--masking_strategy span and --block_length exclude each other: spans know no blocks",
+    )
     dataset.batch(data.train, run.seq_len, range(0), n_parts * run.batch_size, run.seed, 0)  # long enough?
     starts = torch.from_numpy(tokenizer.word_starts())  # (V,) bool
     windows = dataset.windows(data.val, run.seq_len, run.eval_windows)
+    sizes = dataclasses.replace(sizes, vocab_size=V, max_seq_len=run.seq_len)
+    begun = begin_with(run.init, kind, sizes, tokenizer) if run.init and not run.resume else None
     out = Path(run.output_dir)
     if first:
         lock = checkpoint.open_run(out, run.resume)  # noqa: F841  held until the process ends
@@ -145,8 +165,9 @@ def train(kind, mask, sizes, run, quiet=False):
     # --- model, optimizer, average
     torch.manual_seed(run.seed)
     config_class, model_class = checkpoint.MODELS[kind]
-    sizes = dataclasses.replace(sizes, vocab_size=V, max_seq_len=run.seq_len)
     model = model_class(sizes).to(device)
+    if begun:
+        model.load_state_dict(begun)
     model.activation_checkpointing = run.activation_checkpointing
     optimizers = make_optimizers(model, run.optimizer, run.lr, run.weight_decay, run.beta2)
     ema = EMA(model, run.ema) if run.ema else None
@@ -172,6 +193,7 @@ def train(kind, mask, sizes, run, quiet=False):
         if state["scaler"]:  # empty unless that run was in fp16
             scaler.load_state_dict(state["scaler"])
         step, best, overflows, seconds = state["step"], state["best"], state["overflows"], state["seconds"]
+        config["init"] = state["config"].get("init", "")  # where the run did begin
         say(f"resumed {path} at step {step:,}")
     if first:
         facts = dict(
@@ -181,7 +203,7 @@ def train(kind, mask, sizes, run, quiet=False):
             world=world,
             git_commit=git_commit(),
             parameters=sum(p.numel() for p in model.parameters()),
-            operations_a_step=3 * model.flops(run.seq_len, (run.seq_len + 1) / 2) * n_parts * run.batch_size,
+            operations_a_step=3 * model.training_flops(run.seq_len) * n_parts * run.batch_size,
         )
         checkpoint.replace(out / "config.json", lambda t: t.write_text(json.dumps(config | facts, indent=1) + "\n"))
         # what was logged after the checkpoint, or torn by a kill, is about to be logged again
@@ -268,7 +290,8 @@ def train(kind, mask, sizes, run, quiet=False):
                 if show:
                     view = checkpoint.Loaded(model, tokenizer, config, step, kind, out)
                     prompts = [p for p in PROMPTS if len(tokenizer.encode(p)) <= run.seq_len // 2] or [""]
-                    cfg = SampleConfig(steps=run.sample_steps, seed=run.seed, max_new_tokens=max(1, run.seq_len // 2))
+                    steps = max(run.sample_steps, -(-run.seq_len // (sizes.block_length or run.seq_len)))  # one a block
+                    cfg = SampleConfig(steps=steps, seed=run.seed, max_new_tokens=max(1, run.seq_len // 2))
                     texts = [tokenizer.decode(ids) for ids in sample_diffusion.generate(view, prompts, cfg).texts]
                     log(dict(step=step, samples=texts))
                     say("\n".join(texts))
