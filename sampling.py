@@ -44,7 +44,7 @@ def dilated(probs, position, generator):
     """Far apart first: bits of the position in reverse order, so that what is decided together hardly depends on each
     other (van der Corput's sequence; dilated unmasking, arXiv 2506.19037)."""
     place = torch.zeros_like(position)
-    for bit in range(int(position.max()).bit_length()):
+    for bit in range(16):
         place = 2 * place + (position >> bit & 1)
     return -place.float()
 
