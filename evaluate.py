@@ -20,17 +20,11 @@ import dataset
 import diffusion
 import ngram
 from config import EvaluateConfig, check, parse, run_main
+from intervals import paired, ratio
 from machine import pick_device
 
 BINS = 10
 MARGIN = 0.18  # how far below the unigram's the bound must be for --check
-
-
-def ratio(numerator, denominator):
-    """Sum over sum, and its standard error over windows; both (windows,). Linearised, as for any ratio of means."""
-    n, r = len(numerator), float(numerator.sum() / denominator.sum())
-    residual = numerator - r * denominator
-    return r, float((residual.square().sum() * n / max(1, n - 1)).sqrt() / denominator.sum())
 
 
 def text_sizes(windows, tokenizer):
@@ -92,25 +86,6 @@ def by_hidden_fraction(nats, hidden):
             }
         )
     return rows
-
-
-SAME = ("data_sha256", "split", "windows")  # what two eval.json share that can be paired
-SAME_MASKS = ("masks", "seed", "batch_size")  # and two bounds; an exact likelihood has no masks
-
-
-def paired(ours, theirs):
-    """Bits/byte by which `ours` costs more than `theirs` (two eval.json) on the same windows and masks: (mean, SE)."""
-    exact = "exact" in (ours.get("likelihood"), theirs.get("likelihood"))
-    unlike = f"{ours['checkpoint']} and {theirs['checkpoint']} were not scored alike: "
-    for key in (*SAME, *(() if exact else SAME_MASKS)):
-        check(ours.get(key) == theirs.get(key), f"{unlike}{key} {ours.get(key)} and {theirs.get(key)}")
-    a, b = (r.get("per_window", {}).get("bytes") for r in (ours, theirs))
-    check(a == b, f"{unlike}per_window, the bytes of the windows")
-    a, b, n_bytes = (
-        torch.tensor(v, dtype=torch.float64)
-        for v in (ours["per_window"]["nats"], theirs["per_window"]["nats"], ours["per_window"]["bytes"])
-    )
-    return ratio((a - b) / math.log(2), n_bytes)
 
 
 def compare(ours, theirs):

@@ -181,6 +181,7 @@ def train(kind, mask, sizes, run, quiet=False):
             world=world,
             git_commit=git_commit(),
             parameters=sum(p.numel() for p in model.parameters()),
+            train_tokens=len(data.train),
             operations_a_step=3 * model.flops(run.seq_len, (run.seq_len + 1) / 2) * n_parts * run.batch_size,
         )
         checkpoint.replace(out / "config.json", lambda t: t.write_text(json.dumps(config | facts, indent=1) + "\n"))
