@@ -167,7 +167,7 @@ def show(value, form):
 def text(value):
     """A setting as people read it; of a hash its beginning."""
     if isinstance(value, str):
-        return value[:12] if re.fullmatch(r"[0-9a-f]{40,}", value) else value
+        return value[:12] if re.fullmatch(r"[0-9a-f]{40,}", value) else value or DASH
     return DASH if value is None else f"{value:.15g}" if isinstance(value, float) else json.dumps(value)
 
 
@@ -323,7 +323,8 @@ def frontiers(benchmarks):
             if isinstance(nats, tuple):
                 lines.setdefault(name, []).append((get(row, x), *nats))
                 if row.get("reference"):
-                    levels.append(dict(GREY, xref="paper", x0=0, x1=1, y0=nats[0], y1=nats[0]))
+                    level = dict(xref="paper", x0=0, x1=1, y0=nats[0], y1=nats[0])
+                    levels.append(GREY | level | dict(label=dict(text="reference", textposition="start")))
         cost = lambda point: point[0] or 0  # noqa: E731
         named = [(name, style(i), sorted(lines[name], key=cost), {}) for i, name in enumerate(lines)]
         yield chart(f"Samples: quality against {x} (± SE)", x, "judged, nats/token", named, "log", levels)

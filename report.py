@@ -17,7 +17,8 @@ PAGE = Template("""\
 <meta charset="utf-8">
 <!-- nothing is fetched: scripts and styles stand in this file -->
 <meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:">
+  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:;
+  form-action 'none'; base-uri 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
@@ -51,12 +52,13 @@ $below
 <script type="application/json" id="data">$charts</script>
 <script>
 const charts = JSON.parse(document.getElementById("data").textContent);
+const settings = { displaylogo: false, responsive: true, showSendToCloud: false, plotlyServerURL: "" };  // no upload
 const ink = () => getComputedStyle(document.body).color;
 const area = document.getElementById("charts");
 const boxes = charts.map(() => area.appendChild(document.createElement("div")));  // all, so that each has its width
 charts.forEach(({ data, layout }, i) => {
   const font = { color: ink(), family: getComputedStyle(document.body).fontFamily };
-  Plotly.newPlot(boxes[i], data, { ...layout, font }, { displaylogo: false, responsive: true });
+  Plotly.newPlot(boxes[i], data, { ...layout, font }, settings);
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
   boxes.forEach(box => Plotly.relayout(box, { "font.color": ink() })));
@@ -94,10 +96,10 @@ def chart(title, x, y, lines, xtype="linear", shapes=()):
             more = dict(mode="lines+markers", error_y=dict(array=errors, thickness=1, visible=any(errors))) | more
             name = html.escape(name, quote=False)  # Plotly reads some HTML
             data.append(dict(type="scatter", x=xs, y=ys, name=name, legendgroup=name, line=style, **more))
-    axis = lambda of: dict(title=dict(text=of), gridcolor="rgba(128,128,128,.25)", zeroline=False)  # noqa: E731
+    axis = lambda of: dict(title=dict(text=of, standoff=8), gridcolor="rgba(128,128,128,.25)", zeroline=False)  # noqa: E731
     layout = dict(
         title=dict(text=title, x=0.02, font=dict(size=16)), xaxis=axis(x) | dict(type=xtype), yaxis=axis(y),
-        legend=dict(orientation="h", yanchor="top", y=-0.18), margin=dict(l=60, r=15, t=45, b=40), showlegend=True,
+        legend=dict(orientation="h", yanchor="top", y=-0.2), margin=dict(l=60, r=15, t=45, b=40), showlegend=True,
         paper_bgcolor=clear, plot_bgcolor=clear, modebar=dict(bgcolor=clear), hoverlabel=dict(namelength=-1),
         shapes=shapes,
     )  # fmt: skip

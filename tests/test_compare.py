@@ -493,7 +493,8 @@ def test_the_page_asks_nobody(make, compared):
         }
     (policy,) = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
     allowed = dict(part.strip().split(" ", 1) for part in policy.split(";"))
-    assert allowed["default-src"] == "'none'" and "connect-src" not in allowed
+    assert allowed["default-src"] == allowed["form-action"] == "'none'" and "connect-src" not in allowed
+    assert 'showSendToCloud: false, plotlyServerURL: ""' in page.scripts[2][1]  # Plotly's button that uploads a chart
     assert not re.search(r"https?:|\*|'self'", policy) and len(page.scripts[0][1]) > 1_000_000  # plotly.js itself
     assert "Plotly.newPlot" in page.scripts[2][1] and "prefers-color-scheme" in page.scripts[2][1]
 
