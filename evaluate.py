@@ -24,8 +24,8 @@ import ngram
 import quality
 import sampling
 from config import EvaluateConfig, check, parse, run_main
+from intervals import paired, ratio
 from machine import pick_device
-from quality import ratio
 
 BINS = 10
 ORDERS = {"left_to_right": None, "own_order": sampling.STRATEGIES["confidence"]}  # of the chain rule
@@ -165,25 +165,6 @@ def samples(loaded, judge, windows, cfg):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # pairs of runs
-
-
-SAME = ("data_sha256", "split", "windows")  # what two eval.json share that can be paired
-SAME_MASKS = ("masks", "seed", "batch_size")  # and two bounds; an exact likelihood has no masks
-
-
-def paired(ours, theirs):
-    """Bits/byte by which `ours` costs more than `theirs` (two eval.json) on the same windows and masks: (mean, SE)."""
-    exact = "exact" in (ours.get("likelihood"), theirs.get("likelihood"))
-    unlike = f"{ours['checkpoint']} and {theirs['checkpoint']} were not scored alike: "
-    for key in (*SAME, *(() if exact else SAME_MASKS)):
-        check(ours.get(key) == theirs.get(key), f"{unlike}{key} {ours.get(key)} and {theirs.get(key)}")
-    a, b = (r.get("per_window", {}).get("bytes") for r in (ours, theirs))
-    check(a == b, f"{unlike}per_window, the bytes of the windows")
-    a, b, n_bytes = (
-        torch.tensor(v, dtype=torch.float64)
-        for v in (ours["per_window"]["nats"], theirs["per_window"]["nats"], ours["per_window"]["bytes"])
-    )
-    return ratio((a - b) / math.log(2), n_bytes)
 
 
 def compare(ours, theirs):

@@ -12,7 +12,8 @@ from config import Parser, run_main
 def read_metrics(run):
     """The records of a run's metrics.jsonl; a line torn by a kill is passed over."""
     records = []
-    for line in (Path(run) / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+    text = (Path(run) / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    for line in text.split("\n"):  # not splitlines: a sample may hold a U+2028
         try:
             records.append(json.loads(line))
         except ValueError:

@@ -17,17 +17,11 @@ import torch
 
 import sampling
 from config import SampleConfig
+from intervals import ratio
 from traces import CLUSTER, characters
 
 # ---------------------------------------------------------------------------------------------------------------------
 # variety
-
-
-def ratio(numerator, denominator):
-    """Sum over sum, and its standard error over samples; both (samples,). Linearised, as for any ratio of means."""
-    n, r = len(numerator), float(numerator.sum() / denominator.sum())
-    residual = numerator - r * denominator
-    return r, float((residual.square().sum() * n / max(1, n - 1)).sqrt() / denominator.sum())
 
 
 def distinct(texts, n):

@@ -203,6 +203,7 @@ def train(kind, mask, sizes, run, quiet=False):
             world=world,
             git_commit=git_commit(),
             parameters=sum(p.numel() for p in model.parameters()),
+            train_tokens=len(data.train),
             operations_a_step=3 * model.training_flops(run.seq_len) * n_parts * run.batch_size,
         )
         checkpoint.replace(out / "config.json", lambda t: t.write_text(json.dumps(config | facts, indent=1) + "\n"))

@@ -15,6 +15,7 @@ import checkpoint
 import dataset
 import diffusion
 import evaluate
+import intervals
 import ngram
 import quality
 import tokenizer as tokenizers
@@ -64,11 +65,11 @@ def test_error_of_a_ratio_is_that_of_the_bootstrap():
     g = np.random.default_rng(0)
     size = g.uniform(20, 60, 400)
     cost = size * g.normal(2, 0.3, 400) + g.normal(0, 10, 400)
-    mean, error = evaluate.ratio(torch.tensor(cost), torch.tensor(size))
+    mean, error = intervals.ratio(torch.tensor(cost), torch.tensor(size))
     draws = g.integers(0, 400, (4000, 400))
     again = cost[draws].sum(1) / size[draws].sum(1)
     assert mean == pytest.approx(cost.sum() / size.sum()) and error == pytest.approx(again.std(), rel=0.06)
-    assert evaluate.ratio(torch.ones(1), torch.ones(1)) == (1.0, 0.0)
+    assert intervals.ratio(torch.ones(1), torch.ones(1)) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize("T", [10, 30, 64, 130, 500])
@@ -102,7 +103,7 @@ def test_an_exact_likelihood_is_scored_once_without_masks(tokenizer, batch_size)
     nats = []
     for w in windows:
         log_p = model(w[None])[0].double().log_softmax(1)  # (T_w, V)
-        nats.append(-float(log_p[torch.arange(len(w)), w].sum()))
+        nats.append(-log_p[torch.arange(len(w)), w].sum().item())
     assert len({len(w) for w in windows}) == 2 and result["per_window"]["nats"] == pytest.approx(nats, abs=1e-3)
     tokens, n_bytes, n_chars = (v.numpy() for v in evaluate.text_sizes(windows, tokenizer))
     for name, value in (
@@ -141,7 +142,7 @@ def test_main_writes_what_evaluate_returns(command, trained, data, tmp_path):
 
 def scores(nats, n_bytes, **others):
     bits = sum(nats) / math.log(2) / sum(n_bytes)
-    keys = dict.fromkeys((*evaluate.SAME, *evaluate.SAME_MASKS), 0) | {
+    keys = dict.fromkeys((*intervals.SAME, *intervals.SAME_MASKS), 0) | {
         "checkpoint": "runs/a/best.pt",
         "bits_per_byte": {"mean": bits},
     }
@@ -154,12 +155,12 @@ def test_a_paired_difference_forgets_what_both_share():
     hard = n_bytes * g.normal(0.7, 0.2, 300)  # windows differ much more than the models do
     theirs = hard + g.normal(0, 3, 300)
     ours = hard + 0.01 * n_bytes + g.normal(0, 3, 300)
-    mean, error = evaluate.paired(scores(ours.tolist(), n_bytes.tolist()), scores(theirs.tolist(), n_bytes.tolist()))
+    mean, error = intervals.paired(scores(ours.tolist(), n_bytes.tolist()), scores(theirs.tolist(), n_bytes.tolist()))
     assert mean == pytest.approx((ours.sum() - theirs.sum()) / math.log(2) / n_bytes.sum())
     draws = g.integers(0, 300, (4000, 300))
     again = (ours - theirs)[draws].sum(1) / math.log(2) / n_bytes[draws].sum(1)
     assert error == pytest.approx(again.std(), rel=0.06) and abs(mean - 0.01 / math.log(2)) < 4 * error
-    alone = evaluate.ratio(torch.tensor(ours / math.log(2)), torch.tensor(n_bytes).double())[1]
+    alone = intervals.ratio(torch.tensor(ours / math.log(2)), torch.tensor(n_bytes).double())[1]
     assert error < alone / 10
 
 
@@ -176,27 +177,27 @@ def test_pairs_of_several_seeds(capsys):
 
 def test_what_was_scored_otherwise_is_not_paired():
     a = scores([1.0, 2.0], [3, 4])
-    same = (*evaluate.SAME, *evaluate.SAME_MASKS)
+    same = (*intervals.SAME, *intervals.SAME_MASKS)
     for other in (*({key: 1} for key in same), {"per_window": {"nats": [1.0, 2.0], "bytes": [3, 5]}}):
         with pytest.raises(ValueError, match="not scored alike: " + next(iter(other))):
-            evaluate.paired(a, a | other)
+            intervals.paired(a, a | other)
     with pytest.raises(ValueError, match="not scored alike"):
-        evaluate.paired(a, {k: v for k, v in a.items() if k != "per_window"})  # an older eval.json
+        intervals.paired(a, {k: v for k, v in a.items() if k != "per_window"})  # an older eval.json
 
 
 def test_an_exact_likelihood_pairs_with_any_masks():
     """Masks, their seed and the batches are a bound's own affair; windows and data are not."""
     bound = scores([7.0, 9.0], [10, 20], likelihood="bound", masks=16, seed=0, batch_size=32)
     exact = scores([6.0, 9.5], [10, 20], likelihood="exact", masks=0, seed=3, batch_size=1)
-    difference = evaluate.paired(exact, bound)
+    difference = intervals.paired(exact, bound)
     assert difference[0] == pytest.approx(-0.5 / 30 / math.log(2)) and difference[1] > 0
-    assert evaluate.paired(bound, exact) == pytest.approx((-difference[0], difference[1]))
-    assert evaluate.paired(exact, exact | {"batch_size": 9}) == (0, 0)
-    for key in evaluate.SAME:
+    assert intervals.paired(bound, exact) == pytest.approx((-difference[0], difference[1]))
+    assert intervals.paired(exact, exact | {"batch_size": 9}) == (0, 0)
+    for key in intervals.SAME:
         with pytest.raises(ValueError, match=f"not scored alike: {key}"):
-            evaluate.paired(exact, bound | {key: 1})
+            intervals.paired(exact, bound | {key: 1})
     with pytest.raises(ValueError, match="not scored alike: per_window"):
-        evaluate.paired(exact, bound | {"per_window": {"nats": [7.0, 9.0], "bytes": [10, 21]}})
+        intervals.paired(exact, bound | {"per_window": {"nats": [7.0, 9.0], "bytes": [10, 21]}})
 
 
 def test_against_by_command(command, trained, data, tmp_path):
