@@ -447,6 +447,52 @@ def test_a_resumed_run_refuses_another_configuration(copy, command, data, traine
     assert checkpoint.read(copy / "latest.pt")["step"] == 13
 
 
+def test_a_run_begins_with_another_s_averaged_weights(trained, data, tmp_path):
+    """At a rate of nothing they stay, bit for bit; block_length and dropout may differ, steps count anew."""
+    other = checkpoint.load(trained, ema=True)
+    assert difference(
+        dict(other.denoiser.state_dict()), dict(checkpoint.load(trained, ema=False).denoiser.state_dict())
+    )
+    for name, path in (("folder", trained), ("file", trained / "best.pt")):
+        more = ["--lr", 1e-30, "--dropout", 0.2, "--block_length", 8, "--max_steps", 2]
+        train(data, tmp_path / name, "--init", path, *more)
+        state = checkpoint.read(tmp_path / name / "latest.pt")
+        assert not difference(dict(state["model"]), dict(other.denoiser.state_dict()))
+        assert state["step"] == 2 and state["config"]["init"] == str(path) and state["config"]["block_length"] == 8
+        assert checkpoint.load(tmp_path / name).denoiser.block_length == 8
+
+
+def test_a_begun_run_stops_and_resumes_without_the_other(trained, data, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    more = ["--init", other, "--block_length", 8]
+    train(data, tmp_path / "one", *more)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr(dataset, "batch", dataset.batch)  # undone at the end
+        signal_at(6, signal.SIGTERM)
+        train(data, tmp_path / "two", *more)
+    shutil.rmtree(other)
+    train(data, tmp_path / "two", *more[2:], "--resume")
+    assert not same_run(tmp_path / "one", tmp_path / "two")
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["init"] == str(other)
+
+
+def test_a_run_that_cannot_begin_another(trained, data, tmp_path, command):
+    """Kind, sizes and tokenizer are named, and no folder is made."""
+    others = make_data(tmp_path / "others", seed=1)
+    for script, folder, more, words in (
+        ("train_diffusion", data, ["--d_ff", 96, "--n_layers", 3], ("d_ff 64, here 96", "n_layers 2, here 3")),
+        ("train_diffusion", data, ["--seq_len", 16], ("max_seq_len 32, here 16",)),
+        ("train_diffusion", data, ["--window", 4], ("window 0, here 4",)),
+        ("train_eco_hybrid", data, [], ("kind 'transformer', here 'eco_hybrid'",)),
+        ("train_autoregressive", data, [], ("kind 'transformer', here 'autoregressive'",)),
+        ("train_diffusion", others, [], ("tokenizer '",)),
+    ):
+        result = command(script, *flags(folder, tmp_path / "run", "--init", trained, *more))
+        assert result.code == 2 and all(word in result.error() for word in words), result
+        assert "cannot begin" in result.error() and not (tmp_path / "run").exists()
+
+
 def test_data_prepared_again(trained, data, tmp_path, command):
     """D9: the job goes on undisturbed, with the old file, and its resume is refused; so is a tokenizer exchanged."""
     mine, out, batch = Path(shutil.copytree(data, tmp_path / "data")), tmp_path / "run", dataset.batch

@@ -306,6 +306,168 @@ def test_no_hidden_token_and_all_hidden_are_finite(kind):  # R4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# blocks
+
+
+def blockwise(L, noise=0.5, **sizes):
+    return build("transformer", noise, **dict(vocab_size=V, max_seq_len=T) | sizes, block_length=L).eval()
+
+
+def block_costs(model, x0, L):
+    """(p, cost, k), one a block, of x0 (B, T): all masks of the block, how likely each is, the mean cross-entropy of
+    x0's tokens under it (B, masks) given clean blocks before, by plain forwards, and how many it hides."""
+    for s in range(0, x0.shape[1], L):
+        n = min(L, x0.shape[1] - s)
+        masks = torch.tensor(list(itertools.product([False, True], repeat=n)))[1:]
+        p = torch.tensor([1 / (n * math.comb(n, int(m.sum()))) for m in masks], dtype=torch.float64)
+        canvas, cost = x0[:, : s + n], []
+        for m in masks:
+            x_t = canvas.masked_fill(F.pad(m, (s, 0)), model.mask_id)
+            logp = model(x_t).log_softmax(2).gather(2, canvas[:, :, None]).squeeze(2)
+            cost.append(-logp[:, s:][:, m].mean(1))
+        yield p, torch.stack(cost, 1).detach().double(), masks.sum(1)
+
+
+@pytest.mark.parametrize("L", [1, 2, 3, 4])
+def test_the_bound_of_blocks_is_the_mean_over_all_their_masks(L):
+    """And the training losses: elbo the same, low_var with every hidden token alike. L 3 leaves a rest of one."""
+    model, x0 = blockwise(L), STRINGS[::4]
+    blocks = list(block_costs(model, x0, L))
+    sizes = [min(L, T - s) for s in range(0, T, L)]
+    expected = sum(n / T * cost @ p for n, (p, cost, _) in zip(sizes, blocks, strict=True))  # (strings,)
+    draws = diffusion.bound(model, x0.repeat(2000, 1), seeded()).view(2000, -1).double()
+    z = (draws.mean(0) - expected) / (draws.std(0) / 2000**0.5 + 1e-6)
+    assert z.abs().max() < 5 and z.square().mean() < 2
+    low_var = sum((cost * k) @ p for p, cost, k in blocks).mean() / sum(float(p @ k.double()) for p, _, k in blocks)
+    assert L == 1 or abs(low_var / expected.mean() - 1) > 1e-3
+    for c, value in ((cfg(), expected.mean()), (cfg(loss_weight="low_var"), low_var), (cfg("cosine"), expected.mean())):
+        g = seeded(1)
+        losses = torch.stack([diffusion.training_loss(model, x0.repeat(20, 1), c, g).detach() for _ in range(30)])
+        within(losses.mean(), value, losses.std() / 30**0.5 + 1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 16])
+def test_blocks_of_one_token_cost_the_likelihood_from_left_to_right(length):
+    """T plain forwards, each of what stands before and a MASK; whatever the seed, as there is one mask."""
+    model = blockwise(1, vocab_size=11, max_seq_len=16)
+    x0 = torch.randint(11, (5, length), generator=seeded())
+    chain = torch.zeros(5)
+    for t in range(length):
+        logp = model(F.pad(x0[:, :t], (0, 1), value=11))[:, t].log_softmax(1)
+        chain -= logp.gather(1, x0[:, t : t + 1]).squeeze(1).detach() / length
+    for seed in (0, 1):
+        torch.testing.assert_close(diffusion.bound(model, x0, seeded(seed)), chain, rtol=1e-5, atol=1e-5)
+        nats, hidden = diffusion.bound_windows(model, list(x0), 2, seed)
+        torch.testing.assert_close(nats, chain[:, None].expand(5, 2), rtol=1e-5, atol=1e-5)
+        assert (hidden == 1).all()
+        for c in (cfg(), cfg(loss_weight="low_var"), cfg("cosine", min_mask_rate=0.5)):
+            loss = model.loss(x0, c, seeded(seed)).detach()
+            if c.mask_schedule == "linear":  # cosine weighs the blocks by their times
+                torch.testing.assert_close(loss, chain.mean(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_likelihoods_of_all_strings_add_up_to_one():
+    nats = diffusion.bound(blockwise(1), STRINGS, seeded()).double()
+    assert abs(float((-T * nats).exp().sum()) - 1) < 1e-5
+    for L in (2, 3, 4):  # a bound on -log p: less than all
+        blocks = zip(block_costs(blockwise(L), STRINGS, L), range(0, T, L), strict=True)
+        cost = sum(min(L, T - s) * cost @ p for (p, cost, _), s in blocks)
+        assert 0.5 < float((-cost).exp().sum()) < 1 - 1e-4
+
+
+@pytest.mark.parametrize("L", [16, 17, 99])
+def test_one_block_is_the_plain_bound(L):
+    model, plain = (blockwise(n, vocab_size=11, max_seq_len=16) for n in (L, 0))
+    x0 = torch.randint(11, (8, 16), generator=seeded())
+    assert torch.equal(*(diffusion.bound(m, x0, seeded(3)) for m in (model, plain)))
+    for c in (cfg(), cfg("cosine", "discrete", masking_strategy="span")):
+        assert torch.equal(*(m.loss(x0, c, seeded(3)) for m in (model, plain)))
+    windows = [*x0, x0[0, :5]]
+    for a, b in zip(*(diffusion.bound_windows(m, windows, 3) for m in (model, plain)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("T, L", [(4, 2), (5, 3)])
+def test_every_block_draws_every_mask_as_often_as_it_should(T, L):
+    """Each alone: two of a step never share a slice of their times."""
+    sizes = diffusion.block_sizes(blockwise(L), T)
+    assert sizes.tolist() == [min(L, T - s) for s in range(0, T, L)]
+    masks = torch.tensor(list(itertools.product([0, 1], repeat=T)))
+    p = torch.ones(len(masks)).double()
+    for block in masks.split(L, 1):
+        n = block.shape[1]
+        p *= torch.tensor([1 / (n * math.comb(n, k)) if k else 0.0 for k in block.sum(1).tolist()])
+    drawn, g = torch.zeros(len(masks)), seeded()
+    x0 = torch.randint(V, (1, T), generator=g)
+    for _ in range(5000):
+        x_t, masked = diffusion.corrupt(x0, V, generator=g, sizes=sizes)
+        assert torch.equal(x_t, torch.where(masked, V, x0))
+        drawn[int((masked[0] * 2 ** torch.arange(T - 1, -1, -1)).sum())] += 1
+    for s, n in zip(range(0, T, L), sizes.tolist(), strict=True):
+        inside = masks[:, s : s + n] @ 2 ** torch.arange(n - 1, -1, -1)
+        count = torch.zeros(2**n).index_add(0, inside, drawn)
+        assert surprise(count, torch.zeros(2**n).double().index_add(0, inside, p)) < 4
+
+
+def test_counts_of_blocks_are_exact_and_stratified_over_a_step():
+    sizes = diffusion.block_sizes(blockwise(8), 60)  # seven of 8 and one of 4
+    k = (torch.rand(50, 8, generator=seeded()) * sizes).ceil().long()
+    _, masked = diffusion.corrupt(torch.zeros(50, 60).long(), V, k, seeded(), sizes)
+    assert torch.equal(torch.stack([m.sum(1) for m in masked.split(8, 1)], 1), k)
+    noise = torch.full((3, 4096), 1 - 2**-24)  # in float32 noise + block would be the next block's
+    noise[:, 1::2] = torch.rand(3, 2048, generator=seeded())
+    masked = diffusion.hide_tokens(noise, torch.full((3, 256), 5), 16)
+    assert (masked.view(3, 256, 16).sum(2) == 5).all()
+
+    model, seen = blockwise(4, max_seq_len=32), []
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for i in range(2):
+        model.loss(torch.zeros(4, 32).long(), cfg(), seeded(2), part=(i, 2))
+    hidden = (torch.cat(seen) == V).view(64, 4).sum(1)  # 8 rows of 8 blocks: each count in a quarter of the step's
+    assert torch.bincount(hidden).tolist() == [0, 16, 16, 16, 16]
+
+
+@pytest.mark.parametrize("weight", ["elbo", "low_var", "mix"])
+@pytest.mark.parametrize("schedule, mode, sampling", SCHEDULES)
+def test_blocks_of_a_constant_model_cost_its_constant(schedule, mode, sampling, weight):
+    denoiser, x0 = toys.fixed(0.3, 1.0, -2.0), torch.zeros(12, 10).long()
+    denoiser.block_length, plain = 4, denoiser.forward
+    denoiser.forward = lambda x_t, where, x0: plain(x_t, where)
+    constant, c = math.log1p(math.exp(0.7) + math.exp(-2.3)), cfg(schedule, mode, sampling, loss_weight=weight)
+    for n in (1, 4):
+        losses = [diffusion.training_loss(denoiser, x0[: 12 // n], c, seeded(3), (i, n)) for i in range(n)]
+        within(torch.stack(losses).mean(), constant, 1e-6)
+    within(diffusion.bound(denoiser, x0, seeded()).mean(), constant, 1e-6)
+
+
+@pytest.mark.parametrize("c", [cfg(), cfg("cosine", sampling="uniform"), cfg(loss_weight="low_var")])
+def test_parts_of_a_step_of_blocks_make_the_one_big_batch(c):
+    model, x0 = blockwise(5, vocab_size=11, max_seq_len=16), torch.randint(11, (8, 16), generator=seeded())
+    loss, grads, x_t = hidden_by(model, c, x0)
+    for n in (2, 8):
+        pieces = [hidden_by(model, c, x, (i, n)) for i, x in enumerate(x0.chunk(n))]
+        assert torch.equal(torch.cat([p[2] for p in pieces]), x_t)
+        torch.testing.assert_close(sum(p[0] for p in pieces) / n, loss, rtol=1e-6, atol=0)
+        for i, g in enumerate(grads):
+            torch.testing.assert_close(sum(p[1][i] for p in pieces) / n, g, rtol=1e-4, atol=1e-6)
+
+
+def test_bound_windows_of_blocks_is_unbiased_and_knows_short_windows():
+    """Windows of 4 and 3 tokens in blocks of 2; the hidden fraction is what the model was shown."""
+    model, seen = blockwise(2), []
+    windows = [STRINGS[17]] * 1500 + [STRINGS[40, :3]] * 1500
+    expected = [
+        float(sum(min(2, len(w) - s) / len(w) * (cost @ p)[0] for s, (p, cost, _) in zip((0, 2), blocks, strict=True)))
+        for w, blocks in ((w, list(block_costs(model, w[None], 2))) for w in (windows[0], windows[-1]))
+    ]
+    model.register_forward_pre_hook(lambda _, args: seen.append((args[0] == V).float().mean(1)))
+    nats, hidden = diffusion.bound_windows(model, windows, 3, batch_size=1500)
+    for half, value in zip(nats.double().split(1500), expected, strict=True):
+        within(half.mean(), value, half.mean(1).std() / 1500**0.5)
+    torch.testing.assert_close(hidden, torch.stack(seen).view(2, 3, 1500).transpose(1, 2).flatten(0, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # many windows
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from toys import KINDS, seeded
 
 import checkpoint
-from config import MaskConfig, TransformerConfig
+from config import AutoregressiveConfig, EcoHybridConfig, MaskConfig, TransformerConfig
 from eco_hybrid import EcoBlock
 from model import Attention, Normalize, rotary_table, rotate
 from optimizer import EMA, Muon, make_optimizers, orthogonalize
@@ -22,6 +22,7 @@ V, T = 11, 16  # sizes of toys.build
 VARIANTS = {  # name -> kind, sizes
     "local": ("transformer", dict(n_layers=3, window=4)),  # two local layers, a full one
     "hybrid": ("eco_hybrid", dict(attn_every=2)),  # one layer of each sort
+    "blocks": ("transformer", dict(block_length=5)),  # three, and a rest of one
 }
 each_kind = pytest.mark.parametrize("kind", [*KINDS, *VARIANTS])  # the denoisers
 each_model = pytest.mark.parametrize("kind", [*checkpoint.MODELS, *VARIANTS])
@@ -80,7 +81,9 @@ def test_every_visible_token_reaches_every_place(kind):
     logits = model(canvas(1))
     for i in range(T):
         (g,) = torch.autograd.grad(logits[0, i].square().sum(), seen[0], retain_graph=True)
-        assert (g[0].abs().sum(1) > 1e-7).all(), f"place {i} sees only {g[0].abs().sum(1).nonzero().flatten().tolist()}"
+        end = min(T, (i // 5 + 1) * 5) if kind == "blocks" else T  # of its block
+        reached = (g[0].abs().sum(1) > 1e-7).nonzero().flatten().tolist()
+        assert reached == list(range(end)), f"place {i} sees {reached}"
 
 
 @each_kind
@@ -204,9 +207,11 @@ def test_flops_are_those_that_run(kind, T, hidden):
     beyond = 0  # what blocks of keys hold beyond the band, twice: scores, and their product with the values
     for reach in (m.reach for m in model.modules() if isinstance(m, Attention) and 0 < m.reach < T - 1):
         beyond += 2 * 2 * 24 * (math.ceil(T / reach) * reach * 3 * reach - int(band(T, reach).sum()))
+    if kind == "blocks":  # what is masked, in each of two layers
+        beyond += 2 * 2 * 2 * 24 * (T * T - int(block_causal(T, 5).sum()))
     convolution = sum(2 * T * m.kernel.numel() for m in model.modules() if isinstance(m, EcoBlock))  # is no product
     assert counter.get_total_flops() + convolution == model.flops(T, hidden) + beyond
-    assert (beyond > 0) == (kind == "local") and (convolution > 0) == (kind in ("eco_hybrid", "hybrid"))
+    assert (beyond > 0) == (kind in ("local", "blocks")) and (convolution > 0) == (kind in ("eco_hybrid", "hybrid"))
 
 
 @each_model
@@ -301,6 +306,87 @@ def test_windows_that_are_refused_and_the_one_of_older_checkpoints():
     assert TransformerConfig(vocab_size=5, max_seq_len=8).window == 0
     longer = toys.build("transformer", max_seq_len=4 * T)
     assert longer.flops(3 * T, 0) == toys.build("transformer").flops(3 * T, 0)  # sizes count, not the limit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# blocks
+
+
+def block_causal(T, L):
+    """(T, T) bool: who sees whom, by a loop."""
+    return torch.tensor([[key // L <= query // L for key in range(T)] for query in range(T)])
+
+
+def streams(seed=0, B=3):
+    """x0 without, and x_t with MASKs."""
+    x0 = torch.randint(V, (B, T), generator=seeded(seed))
+    return x0, x0.masked_fill(torch.rand(B, T, generator=seeded(seed + 1)) < 0.5, V)
+
+
+@pytest.mark.parametrize("L", [1, 2, 3, 5, 8, 15, 16, 40])
+def test_two_streams_are_plain_forwards_of_clean_blocks_and_a_noisy_one(L):
+    """And a plain forward's blocks see nothing behind them: on a longer canvas they read the same."""
+    model, (x0, x_t) = toys.build("transformer", block_length=L, noise=0.3).eval(), streams()
+    both = model(x_t, x0=x0)
+    assert both.shape == (3, T, V)
+    where = torch.tensor([0, 7, 3 * T - 1])
+    close(model(x_t, where, x0=x0), both.flatten(0, 1)[where])
+    whole = model(x_t)
+    for start in range(0, T, L):
+        end = min(T, start + L)
+        close(both[:, start:end], model(torch.cat((x0[:, :start], x_t[:, start:end]), 1))[:, start:])
+        close(whole[:, start:end], model(x_t[:, :end])[:, start:])
+    if L < T:
+        assert not torch.allclose(whole, both, atol=1e-3)  # noisy blocks before are something else
+    else:
+        close(whole, toys.build("transformer", noise=0.3).eval()(x_t), 0)
+
+
+@pytest.mark.parametrize("L", [1, 3, 5, 8])
+def test_no_hidden_token_leaks(L):
+    """Logits of a block do not change, by a bit, with x0 in it or behind it, nor with x_t outside of it."""
+    model, (x0, x_t) = toys.build("transformer", block_length=L, noise=0.3).eval(), streams()
+    (other, other_t), logits = streams(5), model(x_t, x0=x0)
+    for start in range(0, T, L):
+        mine = (torch.arange(T) >= start) & (torch.arange(T) < start + L)
+        before = torch.arange(T) < start
+        changed = model(torch.where(mine, x_t, other_t), x0=torch.where(before, x0, other))
+        assert torch.equal(changed[:, mine], logits[:, mine])
+        if start:
+            changed = model(x_t, x0=torch.where(before, other, x0))
+            assert (changed[:, mine] - logits[:, mine]).abs().amax((1, 2)).min() > 1e-4
+
+
+def test_two_streams_of_padded_rows_are_each_alone():
+    model, (x0, x_t) = toys.build("transformer", block_length=3).eval(), streams()
+    lengths = torch.tensor([T, 4, 11])
+    padded = model(x_t, lengths=lengths, x0=x0)
+    for i, n in enumerate(lengths):
+        close(padded[i, :n], model(x_t[i : i + 1, :n], x0=x0[i : i + 1, :n])[0])
+
+
+@pytest.mark.parametrize("L", [0, 1, 5, 8, 16, 99])
+def test_training_flops_are_those_that_run(L):
+    model = toys.build("transformer", d_model=24, n_heads=3, block_length=L).requires_grad_(False)
+    x0, sizes = torch.zeros(1, T).long(), [min(L or T, T - s) for s in range(0, T, L or T)]
+    hidden = int(2 * sum((size + 1) / 2 for size in sizes))  # k uniform on 1..size; twice, as it may be a half
+    kwargs = dict(x0=x0) if len(sizes) > 1 else {}
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(x0, torch.zeros(hidden).long(), **kwargs)
+    head, masked = 2 * hidden * 24 * V, 0
+    if kwargs:
+        masked = 2 * 2 * 2 * 24 * ((2 * T) ** 2 - 2 * int(block_causal(T, L).sum()))
+    assert counter.get_total_flops() == model.training_flops(T) + head / 2 + masked
+
+
+def test_blocks_that_are_refused_and_the_one_of_older_checkpoints():
+    for wrong in (dict(block_length=-1), dict(block_length=4, window=4)):
+        with pytest.raises(ValueError, match="block_length"):
+            TransformerConfig(**wrong)
+    for config in (EcoHybridConfig, AutoregressiveConfig):
+        with pytest.raises(ValueError, match="block_length is 4"):
+            config(block_length=4)
+    assert TransformerConfig(vocab_size=5, max_seq_len=8).block_length == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 import toys
 from toys import KINDS, MARKOV, SOURCES, STEP, STRINGS, UNIGRAM, T, Toy, V, build, seeded, surprise
 
+import diffusion
 from sampling import STRATEGIES, blocks, denoise, draw, filter_probs, forbid_repeats, risen
 
 EVEN = dict(threshold=1.0, entropy_bound=0.0)  # no strategy decides more than its share
@@ -354,6 +355,72 @@ def test_cached_blocks(kind, lengths):
         whole = [end for _, end, n in plan for _ in range(n)]
         inner = [end if i == 0 else end - start for start, end, n in plan for i in range(n)]
         assert widths == (inner if model.can_cache else whole) + whole
+
+
+def fresh(x, L, lengths=None, **settings):
+    """(runs, widths, plan) of a model of two layers, trained with blocks, with a cache and without one."""
+    model, read = watched("transformer", block_length=L)
+    room = model.cache
+    model.cache = lambda *shape: room(*shape).fill_(math.nan)  # what is not filled in is not read
+    runs = [list(denoise(model, x, cache=c, lengths=lengths, generator=seeded(), **settings)) for c in (True, False)]
+    return runs, [w for _, w in read], blocks(x == 11, settings["steps"], L, settings.get("remask", 0) > 0)
+
+
+@each_strategy
+@pytest.mark.parametrize("L", [1, 4, 7])
+@pytest.mark.parametrize("given, lengths", [((0, 0, 0), None), ((6, 3, 5), None), ((6, 3, 5), (16, 11, 13))])
+def test_the_cache_of_a_model_trained_with_blocks_is_exact(strategy, L, given, lengths):
+    """Every step of every strategy; and each forward reads only what the cache does not hold yet: what stands before
+    the first open block, then each block once more when it is done, with the next one."""
+    x = torch.randint(11, (3, 16), generator=seeded())
+    x[torch.arange(16) >= torch.tensor(given)[:, None]] = 11
+    if lengths is not None:
+        lengths = torch.tensor(lengths)
+        x[torch.arange(16) >= lengths[:, None]] = 0
+    for steps in (16, 40):
+        (cached, plain), widths, plan = fresh(x, L, lengths, strategy=strategy, steps=steps)
+        assert len(cached) == len(plain)
+        for a, b in zip(cached, plain, strict=True):
+            assert torch.equal(a.x, b.x) and torch.equal(a.revealed, b.revealed) and a.forwards == b.forwards
+            torch.testing.assert_close(a.confidence, b.confidence, rtol=1e-4, atol=1e-5)
+        if strategy in ("threshold", "entropy_bounded"):  # done before their steps are
+            continue
+        whole, first, held = [], [], 0
+        for start, end, n in plan:
+            whole += [end] * n
+            first += [end - held] + [end - start] * (n - 1)
+            held = start
+        assert widths == first + whole
+
+
+@pytest.mark.parametrize("settings", [
+    dict(remask=0.5), dict(remask=0.3, loop=0.5), dict(confidence_stop=0.2), dict(eos_id=3),
+    dict(no_repeat=2)])  # fmt: skip
+def test_the_exact_cache_under_every_setting(settings):
+    x = torch.full((4, 16), 11).index_fill(1, torch.arange(2), 5)
+    (cached, plain), _, _ = fresh(x, 4, steps=24, **settings)
+    for a, b in zip(cached, plain, strict=True):
+        assert torch.equal(a.x, b.x)
+        torch.testing.assert_close(a.confidence, b.confidence, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_of_one_token_are_drawn_by_their_likelihood():
+    """20,000 strings against exp(-T · bound), which is exact here."""
+    model = build("transformer", 0.5, vocab_size=V, max_seq_len=T, block_length=1).eval()
+    p = (-T * diffusion.bound(model, STRINGS).double()).exp()
+    step = last(model, torch.full((20000, T), V), steps=T, generator=seeded())
+    assert step.forwards == T and surprise(torch.bincount(toys.code(step.x), minlength=81), p) < 4
+
+
+def test_blocks_of_the_model_are_taken_and_no_others():
+    model, x = build("transformer", block_length=4).eval(), torch.full((1, 16), 11)
+    runs = [last(model, x, steps=8, block_length=L, generator=seeded()) for L in (0, 4)]
+    assert torch.equal(runs[0].x, runs[1].x) and torch.equal(runs[0].confidence, runs[1].confidence)
+    for L in (2, 8):
+        with pytest.raises(ValueError, match=f"block_length is {L}, .* with 4"):
+            last(model, x, steps=8, block_length=L)
+    with pytest.raises(ValueError, match="behind a blank"):
+        last(model, x.index_fill(1, torch.tensor([7]), 0), steps=8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -176,7 +176,8 @@ WRONG = """--max_step 5 | --bogus 1 | --preset | --preset huge | --device cuda:7
 --max_mask_rate 1.1 | --data_dir /nowhere | --data_dir /dev/null
 --mean_span_length 0 | --loss_weight none | --optimizer sgd | --amp fp8 | --grad_clip -1 | --n_heads 3 | --n_layers 0
 --keep -1 | --seed -1 | --eval_masks 0 | --mean_span_length nan | --dropout nan | --plan 3 | extra
---weight_decay nan"""
+--weight_decay nan | --block_length -1 | --block_length 4 --window 4 | --block_length 4 --masking_strategy span
+--init /nowhere"""
 
 
 @pytest.mark.parametrize("wrong", [w.strip() for w in WRONG.replace("\n", "|").split("|")])
@@ -351,6 +352,8 @@ OPTIONS = [
     "--mask_schedule cosine --loss_weight mix --lr_schedule cosine",
     "--min_mask_rate 0.15 --max_mask_rate 0.85 --loss_weight low_var --lr_schedule constant --grad_clip 0 --ema 0",
     "--amp bf16 --optimizer adamw",
+    "--block_length 5 --sample_interval 40 --sample_steps 3",
+    "--block_length 1 --amp bf16 --activation_checkpointing --sample_interval 40 --sample_steps 3",
 ]
 
 
