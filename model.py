@@ -252,6 +252,10 @@ class LanguageModel(nn.Module):
         head = 2 * hidden * self.config.d_model * self.config.vocab_size
         return sum(block.flops(T) for block in self.blocks) + head
 
+    def training_flops(self, T):
+        """Of one window in training: the backward pass counts twice; (T + 1) / 2 tokens are hidden, on average."""
+        return 3 * self.flops(T, (T + 1) / 2)
+
 
 class Denoiser(LanguageModel):
     def loss(self, x0, cfg, generator=None, **kwargs):

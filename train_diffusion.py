@@ -181,7 +181,7 @@ def train(kind, mask, sizes, run, quiet=False):
             world=world,
             git_commit=git_commit(),
             parameters=sum(p.numel() for p in model.parameters()),
-            operations_a_step=3 * model.flops(run.seq_len, (run.seq_len + 1) / 2) * n_parts * run.batch_size,
+            operations_a_step=model.training_flops(run.seq_len) * n_parts * run.batch_size,
         )
         checkpoint.replace(out / "config.json", lambda t: t.write_text(json.dumps(config | facts, indent=1) + "\n"))
         # what was logged after the checkpoint, or torn by a kill, is about to be logged again
