@@ -10,6 +10,7 @@ anything starts. Every other flag belongs to the trainers and goes to every run.
 """
 
 import contextlib
+import copy
 import csv
 import ctypes
 import dataclasses
@@ -79,8 +80,7 @@ def suites(epochs):
         "crossover": [(f"{a}_{e:g}epochs", kind, OWN[kind] | dict(epochs=e))
                       for (a, kind), e in product(TWINS.items(), epochs or [5, 10, 20, 40, 80])],
         "regularise": [(f"{a}_dropout{d:g}_decay{w:g}_{e:g}epochs", kind, dict(dropout=d, weight_decay=w, epochs=e))
-                       for (a, kind), e, d, w in product(TWINS.items(), epochs or [20], (0.0, 0.1, 0.2, 0.3, 0.4),
-                                                         (0.1, 0.3))],
+                       for (a, kind), e, d, w in product(TWINS.items(), epochs or [20], (0.0, 0.1, 0.3), (0.1, 0.3))],
     }  # fmt: skip
 
 
@@ -104,10 +104,8 @@ class Run:
         self.operations_a_step = model.training_flops(self.run.seq_len) * self.fields["rows_a_step"]
         linear = {m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)}
         optimizers = make_optimizers(model, self.run.optimizer, self.run.lr, 1.0, self.run.beta2)
-        self.groups = [  # who gets what, and what decays
-            (type(o).__name__, g["weight_decay"], {p in linear for p in g["params"]})
-            for o in optimizers for g in o.param_groups
-        ]  # fmt: skip
+        groups = [g for optimizer in optimizers for g in optimizer.param_groups]  # which of them decay, and what is in:
+        self.groups = [(g["weight_decay"] > 0, {p in linear for p in g["params"]}) for g in groups]
         if "epochs" in named:
             self.last(named["epochs"] * len(data.train) / self.tokens_a_step)
 
@@ -130,11 +128,16 @@ class Run:
         steps = max(1, round(steps))
         self.set(max_steps=steps, **({"eval_interval": max(1, steps // VALIDATIONS)} if "epochs" in self.named else {}))
 
-    def commands(self):
-        """Both command lines; training goes on where there is a checkpoint."""
-        resume = {"resume": True} if any(self.out.glob("*.pt")) else {}
+    def again(self, seed):
+        """The same with another seed, in a folder of its own."""
+        run = copy.copy(self)
+        run.set(seed=seed, output_dir=f"{self.out}_seed{seed}")
+        return run
+
+    def commands(self, resume=False):
+        """Both command lines: training, evaluation."""
         scored = dict(ckpt=self.out, data_dir=self.run.data_dir, device=self.run.device)
-        return script_argv(self.script, self.flags | resume), script_argv("evaluate.py", scored)
+        return script_argv(self.script, self.flags | dict(resume=resume)), script_argv("evaluate.py", scored)
 
     def a_step(self, probe):
         return self.run.grad_accum * probe["micro_batch"] + probe["update"]
@@ -190,7 +193,7 @@ def make_runs(cfg, given):
         check(not mine, f"--{name} is what suite {cfg.suite} sets")
     first = dict(sample_interval=0, keep=0) | ({} if cfg.data_dir else dict(preset="tiny"))
     known, loaded, runs = set().union(*map(names, MODELS)), {}, []
-    for i, (name, kind, named) in itertools.product(range(cfg.seeds), rows):
+    for name, kind, named in rows:
         told = named.get("data", dict(vocab_size=1024))
         folder = root / "_".join(["data", *(map(str, told.values()) if own_data else [])])
         folder = Path(cfg.data_dir) if cfg.data_dir else prepared(folder, input=cfg.input, **told)
@@ -198,12 +201,8 @@ def make_runs(cfg, given):
         flags = first | {k: v for k, v in given.items() if k in names(kind) or k not in known}
         flags |= {k: v for k, v in named.items() if k not in ("epochs", "data")}
         flags |= dict(data_dir=folder, output_dir=root / name)
-        run = Run(name, kind, named, flags, loaded[folder])
-        if i:
-            seed = run.run.seed + i
-            run.set(seed=seed, output_dir=root / f"{name}_seed{seed}")
-        runs.append(run)
-    return runs
+        runs.append(Run(name, kind, named, flags, loaded[folder]))
+    return runs + [run.again(run.run.seed + i) for i in range(1, cfg.seeds) for run in runs]
 
 
 def reference(run, runs):
@@ -236,7 +235,8 @@ def match(runs, by, probes):
         if abs(more) > CLOSE:
             values = f"{amount(run):,.0f} {unit}, {other.name} {amount(other):,.0f} ({more:+.1%})"
             wrong.append(f"{run.name} has {values}")
-    check(not wrong, f"not matched by {by}: {'; '.join(sorted(set(wrong)))}")
+    more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+    check(not wrong, f"not matched by {by}: {'; '.join(sorted(wrong)[:4])}{more}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,17 +390,17 @@ def execute(runs, jobs, threads):
         for child in running:
             child.send_signal(number)
 
-    old = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
     while running or (queue and not caught):
         while queue and len(running) < jobs and not caught:
             run = queue.pop(0)
             failure(run).unlink(missing_ok=True)
-            there = read_json(run.out / "config.json").get("max_steps", run.steps)
-            if there != run.steps and any(run.out.glob("*.pt")):  # the trainer would go on, on another schedule
+            old, there = any(run.out.glob("*.pt")), read_json(run.out / "config.json").get("max_steps", run.steps)
+            if old and there != run.steps:  # the trainer would go on, on another schedule
                 fail(run, 2, [f"error: {run.out} holds a run of {there} steps, not {run.steps}; use another folder"])
             else:
-                print(f"start  {run.out.name}: {run.steps:,} steps", flush=True)
-                start(run, *run.commands())
+                print(f"{'resume' if old else 'start '} {run.out.name}: {run.steps:,} steps", flush=True)
+                start(run, *run.commands(resume=old))
         time.sleep(0.1)
         for child in [c for c in running if c.poll() is not None]:
             run, more, begun = running.pop(child)
@@ -412,7 +412,7 @@ def execute(runs, jobs, threads):
             elif not caught:
                 text = Path(f"{run.out}.log").read_bytes()[begun:].decode(errors="replace")
                 fail(run, child.returncode, text.strip().splitlines()[-5:])
-    for number, handler in old.items():
+    for number, handler in handlers.items():
         signal.signal(number, handler)
     if caught:
         print("stopped; the same command goes on")
@@ -457,8 +457,10 @@ def main():
     mine = [i for i, row in enumerate(rows) if i % shards == shard and row["status"] != "done"]
     if cfg.print_commands:
         for i in mine:
-            line = [f"GOMP_SPINCOUNT=30000 OMP_NUM_THREADS={threads} {shlex.join(c)}" for c in runs[i].commands()]
-            print(" && ".join(line))
+            prefix = f"GOMP_SPINCOUNT=30000 OMP_NUM_THREADS={threads}"
+            train, score = (f"{prefix} {shlex.join(argv)}" for argv in runs[i].commands())
+            there = f"ls {shlex.quote(str(runs[i].out))}/*.pt > /dev/null 2>&1"  # a job that is queued again goes on
+            print(f"{train} $({there} && echo --resume) && {score}")
         return
 
     # --- the plan
