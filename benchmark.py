@@ -194,7 +194,7 @@ def needed_operations(model, run):
 
     The optimizer's own operations are not counted, nor what the plain loop computes beyond these.
     """
-    return 3 * model.training_flops(run.seq_len) * run.batch_size * run.grad_accum
+    return model.training_flops(run.seq_len) * run.batch_size * run.grad_accum
 
 
 def train(argv):

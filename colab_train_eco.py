@@ -27,7 +27,7 @@ import dataset
 import sample_diffusion
 from config import PRESETS, PROMPTS, ColabConfig, SampleConfig, TrainConfig, TransformerConfig, check, parse, run_main
 from evaluate import MARGIN
-from machine import pick_device, total_memory
+from machine import child_environment, pick_device, script_argv, total_memory
 from plot import read_metrics
 from quality import spread
 
@@ -71,11 +71,9 @@ def plan(size, memory, V, seq_len=0, batch_size=0, grad_accum=0, tokens=0):
 
 def start(script, **flags):
     """Run a script of ours and return its exit code; Ctrl-C and SIGTERM are its own affair, so that it can save."""
-    given = [[f"--{k}"] if v is True else [f"--{k}", str(v)] for k, v in flags.items() if v is not False and v != ""]
-    argv = [str(Path(__file__).parent / script), *sum(given, [])]
-    print("\n$ python", script, *argv[1:], flush=True)
-    env = {"GOMP_SPINCOUNT": "30000", **os.environ}  # see the Makefile
-    child = subprocess.Popen([sys.executable, *argv], env=env)
+    argv = script_argv(script, flags)
+    print("\n$ python", script, *argv[2:], flush=True)
+    child = subprocess.Popen(argv, env=child_environment())
     old = {s: signal.signal(s, lambda number, _: child.send_signal(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         code = child.wait()

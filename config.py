@@ -392,6 +392,40 @@ class ColabConfig:
             check(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, needs to be 0 or more")
 
 
+@dataclass
+class ExperimentsConfig:
+    data_dir: str = knob("", "folder written by prepare.py; empty prepares --input, and takes the preset tiny")
+    input: str = knob("", "text to prepare where --data_dir is not given; empty takes the novel Devdas")
+    output_root: str = knob("checkpoints/experiments", "folder of the run folders, the plan and results.csv")
+    suite: str = knob(
+        "seed",
+        "which runs: a name of run_experiments.suites",
+        ("seed", "schedule", "architecture", "optimizer", "tokenizer", "eco", "crossover", "regularise"),
+    )
+    seeds: int = knob(1, "runs of each kind, with seeds --seed, --seed + 1, ...")
+    epochs: str = knob("", "crossover, regularise: lengths of the runs in passes over train.bin, comma-separated")
+    match: str = knob(
+        "params",
+        "what compared runs have in common, within 1 %: parameters at the same steps, or operations or expected "
+        "seconds, by other numbers of steps",
+        ("params", "flops", "time"),
+    )
+    jobs: int = knob(1, "runs at a time; each gets its share of the cores")
+    shard: str = knob("0/1", "i/n: of the runs take every n-th from the i-th on; for n machines on a shared folder")
+    execute: bool = knob(False, "start what is missing; without it the plan is written and printed")
+    print_commands: bool = knob(False, "print a shell line for each missing run, as for Slurm, and start nothing")
+
+    def __post_init__(self):
+        for name in ("seeds", "jobs"):
+            check(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}, needs to be 1 or more")
+        i, _, n = self.shard.partition("/")
+        right = i.isdecimal() and n.isdecimal() and int(i) < int(n)
+        check(right, f"--shard is {self.shard!r}, needs i/n with 0 <= i < n, such as 0/2 and 1/2")
+        right = all(e.replace(".", "", 1).isdecimal() and float(e) > 0 for e in self.epochs.split(",") if self.epochs)
+        check(right, f"--epochs is {self.epochs!r}, needs positive numbers between commas")
+        check(not (self.execute and self.print_commands), "--execute and --print_commands exclude each other")
+
+
 PROMPTS = ("मुझे एक अच्छी कहानी सुनाओ", "भारत में आज मौसम", "mai kal bazaar gaya tha aur", "yaar mujhe samajh nahi aa raha")
 
 # A preset is a set of defaults; measured sizes and times stand in the README.

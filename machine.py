@@ -1,4 +1,4 @@
-"""What this machine has: device, precision, memory. The scripts choose with it; model files never do.
+"""What this machine has: device, precision, memory; and how a script of ours is started. Model files never use it.
 
 device = pick_device("auto"); dtype = pick_precision("auto", device)
 """
@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -59,3 +60,14 @@ def total_memory(device):
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def script_argv(script, flags, *paths):
+    """Command line of a script of ours. flags: True is a switch; what is False or '' is left out."""
+    given = [[f"--{k}"] if v is True else [f"--{k}", str(v)] for k, v in flags.items() if v is not False and v != ""]
+    return [sys.executable, str(Path(__file__).parent / script), *map(str, paths), *sum(given, [])]
+
+
+def child_environment(**more):
+    """For a process of ours; the user's own settings stand. GOMP_SPINCOUNT: see the Makefile."""
+    return {"GOMP_SPINCOUNT": "30000", **os.environ, **more}

@@ -258,9 +258,10 @@ class LanguageModel(nn.Module):
         return sum(block.flops(T) for block in self.blocks) + head
 
     def training_flops(self, T):
-        """As `flops`, of one window in training: half of each block is hidden, and clean blocks are read beside x_t."""
+        """Of one window in training: the backward pass counts twice; half of each block is hidden, and where there are
+        several, clean ones are read beside x_t."""
         L = min(self.block_length or T, T)
-        return self.flops(T, (T - (-T // L)) / 2) + (self.flops(T, 0) if L < T else 0)
+        return 3 * (self.flops(T, (T - (-T // L)) / 2) + (self.flops(T, 0) if L < T else 0))
 
 
 class Denoiser(LanguageModel):

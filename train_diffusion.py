@@ -204,7 +204,7 @@ def train(kind, mask, sizes, run, quiet=False):
             git_commit=git_commit(),
             parameters=sum(p.numel() for p in model.parameters()),
             train_tokens=len(data.train),
-            operations_a_step=3 * model.training_flops(run.seq_len) * n_parts * run.batch_size,
+            operations_a_step=model.training_flops(run.seq_len) * n_parts * run.batch_size,
         )
         checkpoint.replace(out / "config.json", lambda t: t.write_text(json.dumps(config | facts, indent=1) + "\n"))
         # what was logged after the checkpoint, or torn by a kill, is about to be logged again
@@ -393,7 +393,7 @@ def train(kind, mask, sizes, run, quiet=False):
         what = f"best {valid['likelihood']} {best:.4f} bits/byte"
         say(f"done: {step:,} steps in {seconds:,.0f} s of training, {what}, see {out}")
         if run.check:
-            evaluate.run(EvaluateConfig(str(out), run.data_dir, device=run.device, check=True))
+            evaluate.run(EvaluateConfig(str(out), data_dir=run.data_dir, device=run.device, check=True))
     if world > 1:
         dist.destroy_process_group()
     return valid
