@@ -14,6 +14,7 @@ import copy
 import csv
 import ctypes
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -47,13 +48,15 @@ ARCHS = dict(baseline="transformer", eco="eco_hybrid")
 TWINS = dict(diffusion="transformer", autoregressive="autoregressive")
 # dropout and weight decay of each kind on a small corpus read many times, by `--suite regularise`
 OWN = dict(transformer=dict(dropout=0.1, weight_decay=0.1), autoregressive=dict(dropout=0.3, weight_decay=0.1))
+SCORED = dict(transformer=dict(chain_rule=32), autoregressive={})  # the twin's likelihood is exact without it
 VALIDATIONS = 12  # in a run of a length given in epochs; the best of them is the early-stopped model
 CLOSE = 0.01  # share by which matched runs may differ in what is matched
 PROCESSES = 12  # seconds in which a trainer and evaluate.py start, import, read and save
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the suites: name -> rows of (run, kind of model, flags). The flags `epochs` and `data` are ours: a length, and what
-# prepare.py is told. A run is compared with the one of the same ending in the first row's kind, else with the first row
+# the suites: name -> rows of (run, kind of model, flags). Ours are the flags in OURS: a length, what prepare.py is told,
+# and what evaluate.py is told. A run is compared with the one of the same ending in the first row's kind, else with the
+# first row
 
 
 def suites(epochs):
@@ -77,13 +80,14 @@ def suites(epochs):
                       for t, v in product(("bpe", "unigram"), (4096, 8192, 16384))],
         "eco": [("transformer", one, {})]
                + [(f"eco_{k}{v}", "eco_hybrid", {k: v}) for k, values in eco.items() for v in values],
-        "crossover": [(f"{a}_{e:g}epochs", kind, OWN[kind] | dict(epochs=e))
-                      for (a, kind), e in product(TWINS.items(), epochs or [5, 10, 20, 40, 80])],
+        "crossover": [(f"{a}_{e:g}epochs", kind, OWN[kind] | dict(epochs=e) | SCORED[kind])
+                      for (a, kind), e in product(TWINS.items(), epochs or [4, 8, 16, 32, 64])],
         "regularise": [(f"{a}_dropout{d:g}_decay{w:g}_{e:g}epochs", kind, dict(dropout=d, weight_decay=w, epochs=e))
                        for (a, kind), e, d, w in product(TWINS.items(), epochs or [20], (0.0, 0.1, 0.3), (0.1, 0.3))],
     }  # fmt: skip
 
 
+OURS = ("epochs", "data", "chain_rule")
 UNMATCHED = ("tokenizer",)  # another vocabulary is another embedding and another text in tokens: bits/byte compare
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,6 +141,7 @@ class Run:
     def commands(self, resume=False):
         """Both command lines: training, evaluation."""
         scored = dict(ckpt=self.out, data_dir=self.run.data_dir, device=self.run.device)
+        scored |= {k: v for k, v in self.named.items() if k == "chain_rule"}
         return script_argv(self.script, self.flags | dict(resume=resume)), script_argv("evaluate.py", scored)
 
     def a_step(self, probe):
@@ -149,6 +154,7 @@ class Run:
         times = math.ceil(self.steps / (self.run.eval_interval or self.steps))
         exact = self.kind == "autoregressive"  # it takes no masks
         forwards = windows + some * times if exact else 16 * windows + some * times * self.run.eval_masks
+        forwards += 2 * self.run.seq_len * min(windows, self.named.get("chain_rule", 0))  # in two orders
         return self.steps * self.a_step(probe) + forwards * probe["micro_batch"] / self.run.batch_size / 3 + PROCESSES
 
 
@@ -199,7 +205,7 @@ def make_runs(cfg, given):
         folder = Path(cfg.data_dir) if cfg.data_dir else prepared(folder, input=cfg.input, **told)
         loaded[folder] = loaded.get(folder) or dataset.load(folder)
         flags = first | {k: v for k, v in given.items() if k in names(kind) or k not in known}
-        flags |= {k: v for k, v in named.items() if k not in ("epochs", "data")}
+        flags |= {k: v for k, v in named.items() if k not in OURS}
         flags |= dict(data_dir=folder, output_dir=root / name)
         runs.append(Run(name, kind, named, flags, loaded[folder]))
     return runs + [run.again(run.run.seed + i) for i in range(1, cfg.seeds) for run in runs]
@@ -482,8 +488,10 @@ def main():
     write_plan(runs, cfg, probes)
     done = [row["output_dir"] for row in gather(runs, root) if row["status"] == "done"]
     reports = [script_argv("crossover.py", {}, root)] if cfg.suite == "crossover" else []
-    reports += [script_argv("compare.py", dict(output_dir=root), *done)]
-    reports = [argv for argv in reports if Path(argv[1]).is_file()]
+    if importlib.util.find_spec("plotly"):
+        reports += [script_argv("compare.py", dict(output_dir=root), *done)]
+    else:
+        print("no report.html: pip install plotly==7.1.0 and the same command writes it")
     broken = [Path(argv[1]).name for argv in reports if done and subprocess.call(argv, env=child_environment())]
     if failed or broken:
         what = [f"{run.out.name} ({failure(run)} says why)" for run in failed] + broken
