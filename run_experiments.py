@@ -54,9 +54,8 @@ CLOSE = 0.01  # share by which matched runs may differ in what is matched
 PROCESSES = 12  # seconds in which a trainer and evaluate.py start, import, read and save
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the suites: name -> rows of (run, kind of model, flags). Ours are the flags in OURS: a length, what prepare.py is told,
-# and what evaluate.py is told. A run is compared with the one of the same ending in the first row's kind, else with the
-# first row
+# the suites: name -> rows of (run, kind of model, flags). Ours are the flags in OURS: a length, what prepare.py and
+# evaluate.py are told. A run is compared with the one of the same ending in the first row's kind, else the first row
 
 
 def suites(epochs):
