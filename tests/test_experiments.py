@@ -28,6 +28,7 @@ import run_experiments as experiments
 
 SIZES = "--d_model 32 --n_layers 2 --n_heads 2 --d_ff 64 --seq_len 32 --batch_size 4 --grad_accum 2".split()
 FAST = [*SIZES, *"--eval_windows 8 --eval_masks 2 --log_interval 1 --amp off --device cpu".split()]
+BUSY = 400  # seconds to wait for processes on a machine that does other things too
 EIGHT = [f"{a}_{t}_{m}" for a in ("baseline", "eco") for t in ("discrete", "continuous") for m in ("token", "span")]
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,15 +358,15 @@ def argv_of(data, root, *more):
     return ["run_experiments", "--data_dir", data, "--output_root", root, *FAST, "--execute", *more]
 
 
-def test_the_crossover_end_to_end(run, data, tmp_path):
-    """Two kinds, lengths and seeds, two jobs: results.csv and crossover.json from the files; again: nothing starts."""
+def test_the_crossover_end_to_end(start, data, tmp_path):
+    """Two kinds and seeds, two jobs: results.csv and crossover.json from the files; again: nothing starts."""
     root = tmp_path / "root"
-    argv = argv_of(data, root, "--suite", "crossover", "--epochs", "0.3,0.6", "--seeds", 2, "--jobs", 2, "--lr", 0.01)
-    done = run(*argv, before=forked)
+    argv = argv_of(data, root, "--suite", "crossover", "--epochs", 0.3, "--seeds", 2, "--jobs", 2, "--lr", 0.01)
+    done = start(*argv, before=forked).wait(BUSY)
     assert done.code == 0 and not done.err, done.err
-    assert done.out.count("start ") == done.out.count("done ") == 8
+    assert done.out.count("start ") == done.out.count("done ") == 4
     rows, scores = rows_of(root), {}
-    assert len(rows) == 8 and {row["status"] for row in rows.values()} == {"done"}
+    assert len(rows) == 4 and {row["status"] for row in rows.values()} == {"done"}
     for name, row in rows.items():
         out = root / name
         s = json.loads((out / "eval.json").read_text())
@@ -392,23 +393,23 @@ def test_the_crossover_end_to_end(run, data, tmp_path):
             assert p["bits_per_byte"] == pytest.approx(sum(bits) / 2) and p["seeds"] == [1337, 1338]
             assert p["standard_error"] == pytest.approx(abs(bits[0] - bits[1]) / 2)
             assert f"{sum(bits) / 2:.4f} ± {abs(bits[0] - bits[1]) / 2:.4f}" in done.out
-    assert [line["epochs"] for line in found["best_so_far"]] == [0.3, 0.6]
+    assert [line["epochs"] for line in found["best_so_far"]] == [0.3]
 
     before = {p: p.stat().st_mtime_ns for p in root.glob("*/*")}
-    again = run(*argv, before=forked)
+    again = start(*argv, before=forked).wait(BUSY)
     assert again.code == 0 and "0 runs to do" in again.out and "start" not in again.out
     assert {p: p.stat().st_mtime_ns for p in root.glob("*/*")} == before and rows_of(root) == rows
 
 
-def test_stopped_and_started_again(start, run, data, tmp_path):
+def test_stopped_and_started_again(start, data, tmp_path):
     """SIGTERM in the second run: its trainer saves; the same command leaves the first alone and resumes the second."""
     root = tmp_path / "root"
     argv = argv_of(data, root, "--suite", "crossover", "--epochs", 1, "--save_interval", 2)
     first = start(*argv, before=forked)
-    first.wait_for(root / "diffusion_1epochs" / "eval.json")
-    first.wait_for(root / "autoregressive_1epochs" / "latest.pt")
+    first.wait_for(root / "diffusion_1epochs" / "eval.json", BUSY)
+    first.wait_for(root / "autoregressive_1epochs" / "latest.pt", BUSY)
     first.send(signal.SIGTERM)
-    stopped = first.wait()
+    stopped = first.wait(BUSY)
     assert stopped.code == 143 and "the same command goes on" in stopped.out and not (root / "results.csv").exists()
     done, half = root / "diffusion_1epochs", root / "autoregressive_1epochs"
     step = checkpoint.read(half / "latest.pt")["step"]
@@ -417,7 +418,7 @@ def test_stopped_and_started_again(start, run, data, tmp_path):
     assert not list(root.glob("*.failed.json"))
     before = {p: p.stat().st_mtime_ns for p in done.iterdir()}
 
-    again = run(*argv, before=forked)
+    again = start(*argv, before=forked).wait(BUSY)
     assert again.code == 0 and "resume autoregressive_1epochs" in again.out and "1 runs to do" in again.out
     assert {p: p.stat().st_mtime_ns for p in done.iterdir()} == before
     assert f"resumed {half / 'latest.pt'} at step {step:,}" in (root / "autoregressive_1epochs.log").read_text()
@@ -425,14 +426,14 @@ def test_stopped_and_started_again(start, run, data, tmp_path):
     assert {row["status"] for row in rows_of(root).values()} == {"done"}
 
 
-def test_a_run_that_fails_is_recorded_and_the_others_go_on(run, data, tmp_path):
+def test_a_run_that_fails_is_recorded_and_the_others_go_on(start, data, tmp_path):
     root = tmp_path / "root"
     (root / "baseline_discrete_token").mkdir(parents=True)
     broken = root / "baseline_discrete_token" / "latest.pt"
     broken.write_bytes(b"no checkpoint")
     argv = argv_of(data, root, "--max_steps", 2, "--shard", "0/2")
     mine = EIGHT[::2]
-    result = run(*argv, before=forked)
+    result = start(*argv, before=forked).wait(BUSY)
     assert result.code == 1 and "baseline_discrete_token" in result.error() and result.out.count("FAILED") == 1
     rows = rows_of(root)
     assert [rows[name]["status"] for name in EIGHT] == ["failed"] + ["unfinished", "done"] * 3 + ["unfinished"]
@@ -442,17 +443,17 @@ def test_a_run_that_fails_is_recorded_and_the_others_go_on(run, data, tmp_path):
     assert plan[0]["failure"]["lines"][-1] == rows[mine[0]]["error"] and len(plan[0]["failure"]["lines"]) <= 5
 
     broken.unlink()  # mended: that one alone is run
-    result = run(*argv, before=forked)
+    result = start(*argv, before=forked).wait(BUSY)
     assert result.code == 0 and re.findall(r"start  (\w+)", result.out) == mine[:1]
     assert [rows_of(root)[name]["status"] for name in mine] == ["done"] * 4
     assert not list(root.glob("*.failed.json"))
 
     # another flag, another length: refused, recorded, and what is there stays
     before = {p: p.read_bytes() for p in root.glob("*/*.json")}
-    result = run(*argv, "--lr", 0.002, before=forked)
+    result = start(*argv, "--lr", 0.002, before=forked).wait(BUSY)
     assert result.code == 1 and result.out.count("FAILED") == 4 and result.out.count("exit 2") == 4
     assert "lr was 0.004 and is 0.002" in rows_of(root)[mine[1]]["error"]
-    result = run(*argv, "--max_steps", 3, before=forked)
+    result = start(*argv, "--max_steps", 3, before=forked).wait(BUSY)
     assert result.code == 1 and "holds a run of 2 steps, not 3" in rows_of(root)[mine[1]]["error"]
     assert {p: p.read_bytes() for p in root.glob("*/*.json")} == before
 
