@@ -1,6 +1,7 @@
 """What is known of diffusion against its autoregressive twin → docs/results.md, from the files that commands wrote.
 
-    make results        # everything, an hour and a half on two cores; or one by one the commands that the page names
+    python run_experiments.py --suite crossover --output_root checkpoints/crossover --seeds 3 --jobs 2 --execute
+    python benchmark.py sample --ckpt checkpoints/diffusion_hi --twin checkpoints/autoregressive_hi
     python results.py --crossover checkpoints/crossover --frontier checkpoints/benchmark_sample.json
 
 Nothing is measured here and no figure stands here: what a file does not say is a dash.
