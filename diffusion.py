@@ -68,7 +68,7 @@ def hide_tokens(noise, k, L):
 
     noise (B, T) uniform, k (B, n)."""
     block = torch.arange(noise.shape[1]) // L  # (T,)
-    return (noise.double() + block).argsort(1) - block * L < k[:, block]  # the sum would round up in float32
+    return (noise.double() + block).argsort(1) - block * L < k[:, block]  # in float32 the sum would make ties
 
 
 def hide_spans(noise, coin, k, starts, mean_span_length):

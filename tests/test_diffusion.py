@@ -414,7 +414,7 @@ def test_counts_of_blocks_are_exact_and_stratified_over_a_step():
     k = (torch.rand(50, 8, generator=seeded()) * sizes).ceil().long()
     _, masked = diffusion.corrupt(torch.zeros(50, 60).long(), V, k, seeded(), sizes)
     assert torch.equal(torch.stack([m.sum(1) for m in masked.split(8, 1)], 1), k)
-    noise = torch.full((3, 4096), 1 - 2**-24)  # in float32 noise + block would be the next block's
+    noise = torch.full((3, 4096), 1 - 2**-24)  # the largest that torch.rand draws
     noise[:, 1::2] = torch.rand(3, 2048, generator=seeded())
     masked = diffusion.hide_tokens(noise, torch.full((3, 256), 5), 16)
     assert (masked.view(3, 256, 16).sum(2) == 5).all()
@@ -425,6 +425,7 @@ def test_counts_of_blocks_are_exact_and_stratified_over_a_step():
         model.loss(torch.zeros(4, 32).long(), cfg(), seeded(2), part=(i, 2))
     hidden = (torch.cat(seen) == V).view(64, 4).sum(1)  # 8 rows of 8 blocks: each count in a quarter of the step's
     assert torch.bincount(hidden).tolist() == [0, 16, 16, 16, 16]
+    assert (hidden.view(8, 8).amin(1) < hidden.view(8, 8).amax(1)).all()  # each block has its own time
 
 
 @pytest.mark.parametrize("weight", ["elbo", "low_var", "mix"])
