@@ -47,7 +47,7 @@ DEFAULTS = dict(autoregressive=train_autoregressive.OWN)  # what a trainer takes
 ARCHS = dict(baseline="transformer", eco="eco_hybrid")
 TWINS = dict(diffusion="transformer", autoregressive="autoregressive")
 # dropout and weight decay of each kind on a small corpus read many times, by `--suite regularise`
-OWN = dict(transformer=dict(dropout=0.1, weight_decay=0.1), autoregressive=dict(dropout=0.3, weight_decay=0.1))
+OWN = dict(transformer=dict(dropout=0.1, weight_decay=0.1), autoregressive=train_autoregressive.OWN)
 SCORED = dict(transformer=dict(chain_rule=32), autoregressive={})  # the twin's likelihood is exact without it
 VALIDATIONS = 12  # in a run of a length given in epochs; the best of them is the early-stopped model
 CLOSE = 0.01  # share by which matched runs may differ in what is matched
