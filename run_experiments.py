@@ -25,6 +25,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -34,13 +35,13 @@ import torch
 import dataset
 import prepare
 import train_autoregressive
+import train_diffusion
 from checkpoint import MODELS, replace
 from config import ExperimentsConfig, MaskConfig, Parser, PrepareConfig, TrainConfig, add_flags, check, parse, run_main
 from crossover import plus_minus
-from machine import child_environment, peak_memory, pick_device, pick_precision, script_argv
+from machine import child_environment, script_argv
 from optimizer import make_optimizers
 from plot import read_metrics
-from train_diffusion import differences
 
 SCRIPTS = dict(transformer="train_diffusion", eco_hybrid="train_eco_hybrid", autoregressive="train_autoregressive")
 DEFAULTS = dict(autoregressive=train_autoregressive.OWN)  # what a trainer takes beyond config.py's defaults
@@ -143,9 +144,6 @@ class Run:
         scored |= {k: v for k, v in self.named.items() if k == "chain_rule"}
         return script_argv(self.script, self.flags | dict(resume=resume)), script_argv("evaluate.py", scored)
 
-    def a_step(self, probe):
-        return self.run.grad_accum * probe["micro_batch"] + probe["update"]
-
     def seconds(self, probe):
         """Expected, of training, validation and evaluation. A forward takes a third of a training pass."""
         windows = math.ceil(len(self.data.val) / self.run.seq_len)
@@ -154,7 +152,8 @@ class Run:
         exact = self.kind == "autoregressive"  # it takes no masks
         forwards = windows + some * times if exact else 16 * windows + some * times * self.run.eval_masks
         forwards += 2 * self.run.seq_len * min(windows, self.named.get("chain_rule", 0))  # in two orders
-        return self.steps * self.a_step(probe) + forwards * probe["micro_batch"] / self.run.batch_size / 3 + PROCESSES
+        a_forward = probe["step"] / 3 / (self.run.batch_size * self.run.grad_accum)  # of a window
+        return self.steps * probe["step"] + forwards * a_forward + PROCESSES
 
 
 def trainer_flags(tokens):
@@ -223,7 +222,7 @@ def match(runs, by, probes):
     amount, unit = dict(
         params=(lambda r: r.parameters, "parameters"),
         flops=(lambda r: r.operations_a_step * r.steps, "operations"),
-        time=(lambda r: r.a_step(probes[key(r)]) * r.steps, "seconds"),
+        time=(lambda r: probes[key(r)]["step"] * r.steps, "seconds"),
     )[by]
     wrong = []
     for run in runs:
@@ -250,36 +249,19 @@ def match(runs, by, probes):
 
 def key(run):
     """Runs of one key take the same time a step."""
-    same = "batch_size optimizer amp device threads activation_checkpointing".split()
+    same = "batch_size grad_accum optimizer amp device threads activation_checkpointing".split()
     return f"{run.kind} {dataclasses.replace(run.sizes, dropout=0.0)} {[getattr(run.run, k) for k in same]}"
 
 
 def probe(kind, mask, sizes, run, threads):
-    """Seconds of one real micro-batch, forward and backward, and of one optimizer step; the most bytes held."""
-    torch.set_num_threads(run.threads or threads)
-    device = pick_device(run.device)
-    dtype = pick_precision(run.amp, device)
-    model = MODELS[kind][1](sizes).to(device)
-    model.activation_checkpointing = run.activation_checkpointing
-    optimizers = make_optimizers(model, run.optimizer, run.lr, run.weight_decay, run.beta2)
-    x0 = torch.randint(sizes.vocab_size, (run.batch_size, run.seq_len))
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times = []
-    for _ in range(3):  # the first one warms up
-        clock = [time.perf_counter()]
-        with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
-            loss = model.loss(x0, mask, torch.Generator().manual_seed(0))
-        loss.backward()
-        wait()
-        clock.append(time.perf_counter())
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        wait()
-        times.append((clock[1] - clock[0], time.perf_counter() - clock[1]))
-    averages = 4 * sum(p.numel() for p in model.parameters()) if run.ema else 0
-    micro_batch, update = (min(t) for t in zip(*times[1:], strict=True))
-    return dict(micro_batch=micro_batch, update=update, bytes=peak_memory(device) + averages)
+    """Seconds of a step of the real loop, and the most bytes it held."""
+    with tempfile.TemporaryDirectory() as folder:
+        short = dict(output_dir=f"{folder}/run", threads=run.threads or threads, max_steps=3, log_interval=1, keep=0)
+        short |= dict(eval_interval=0, eval_windows=1, eval_masks=1, sample_interval=0, compile=False, check=False)
+        train_diffusion.train(kind, mask, sizes, dataclasses.replace(run, **short, wandb=False), quiet=True)
+        clock = [record["seconds"] for record in read_metrics(f"{folder}/run") if "loss" in record]
+    times = [b["training"] - a["training"] for a, b in itertools.pairwise(clock)]  # without the first, which warms up
+    return dict(step=min(times), bytes=max(c["peak_bytes"] for c in clock))
 
 
 def measure(runs, threads, known):
@@ -308,7 +290,8 @@ def failure(run):
 def finished(run):
     """Whether a run was trained with just these flags to its last step, and evaluated after that."""
     old = read_json(run.out / "config.json")
-    if old.get("max_steps") != run.steps or differences(old, run.fields) or not (run.out / "eval.json").is_file():
+    other = old.get("max_steps") != run.steps or train_diffusion.differences(old, run.fields)
+    if other or not (run.out / "eval.json").is_file():
         return False
     last = [r["step"] for r in read_metrics(run.out) if "bits_per_byte" in r][-1:]
     return last == [run.steps] and (run.out / "eval.json").stat().st_mtime >= (run.out / "latest.pt").stat().st_mtime

@@ -90,6 +90,7 @@ def forked():
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     experiments.subprocess = types.SimpleNamespace(Popen=Forked, call=call, DEVNULL=None)
     experiments.ProcessPoolExecutor = AtHome
+    experiments.probe = lambda *_: dict(step=0.01, bytes=2**20)  # a training before the forks would leave threads
 
 
 @pytest.fixture
@@ -106,13 +107,13 @@ def plan(command, monkeypatch, data, tmp_path):
     return plan
 
 
-def timed(monkeypatch, **micro_batch):
-    """Let probes find these seconds a micro-batch, by kind, and half a second an update; returns the kinds probed."""
+def timed(monkeypatch, **step):
+    """Let probes find these seconds a step, by kind; returns the kinds probed."""
     calls = []
 
     def probe(kind, *_):
         calls.append(kind)
-        return dict(micro_batch=micro_batch.get(kind, 1.2), update=0.5, bytes=3 * 2**20)
+        return dict(step=step.get(kind, 2.9), bytes=3 * 2**20)
 
     monkeypatch.setattr(experiments, "probe", probe)
     return calls
@@ -227,7 +228,7 @@ def test_the_novel_is_prepared_where_no_data_is_named(plan, monkeypatch, data, t
 
 
 def test_the_expected_time_by_hand(plan, monkeypatch, data):
-    """Steps of two micro-batches and an update; a forward is a third of a micro-batch of 4 windows; two processes."""
+    """A forward is a third of a step of 2 × 4 windows; two processes."""
     probed = timed(monkeypatch)
     result, runs = plan("--suite", "crossover", "--epochs", 1, "--eval_masks", 3, "--eval_windows", 7)
     windows = math.ceil(len(dataset.load(data).val) / 32)
@@ -235,7 +236,7 @@ def test_the_expected_time_by_hand(plan, monkeypatch, data):
         times = math.ceil(r["max_steps"] / r["flags"]["eval_interval"])
         forwards = times * 7 * masks + 16 * windows if masks else times * 7 + windows
         forwards += 2 * 32 * min(32, windows) if masks else 0  # the chain rule, a forward a token, in two orders
-        seconds = r["max_steps"] * (2 * 1.2 + 0.5) + forwards * 1.2 / 4 / 3 + experiments.PROCESSES
+        seconds = r["max_steps"] * 2.9 + forwards * 2.9 / 8 / 3 + experiments.PROCESSES
         assert r["expected_seconds"] == pytest.approx(seconds) and r["expected_mib"] == 3
     plan("--suite", "crossover", "--epochs", 2)
     assert probed == ["transformer", "autoregressive"]  # each once: sizes that were measured are not measured again
@@ -306,8 +307,8 @@ def test_equal_operations_and_equal_time(plan, monkeypatch):
     result, _ = plan("--max_steps", 7, "--match", "flops")
     assert result.code == 2 and "not matched by flops" in result.error() and "operations" in result.err
 
-    # time: an eco step of two micro-batches takes 2 · 0.7 + 0.5 s, the Transformer's 2 · 1.2 + 0.5
-    timed(monkeypatch, eco_hybrid=0.7)
+    # time: an eco step takes 1.9 s, the Transformer's 2.9
+    timed(monkeypatch, eco_hybrid=1.9)
     shutil.rmtree(Path(runs[0]["output_dir"]).parent)
     result, runs = plan("--max_steps", 200, "--match", "time")
     assert result.code == 0 and [r["max_steps"] for r in runs] == [200] * 4 + [round(200 * 2.9 / 1.9)] * 4
@@ -517,7 +518,7 @@ def test_measuring_in_a_process_of_its_own(data, tmp_path):
     found = experiments.measure([made, made], 1, dict(other=1))
     assert list(found) == ["other", experiments.key(made)] and experiments.measure([made], 1, found) is found
     measured = found[experiments.key(made)]
-    assert 0 < measured["update"] < 60 and 0 < measured["micro_batch"] < 60
+    assert 0 < measured["step"] < 60
     assert 4 * made.parameters < measured["bytes"] < 4 * 2**30
 
 
