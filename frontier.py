@@ -191,6 +191,7 @@ def draw(figures, path):
 
     matplotlib.use("Agg")  # no display needed
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     rows, real = figures["rows"], figures["real_text"]
     plain = next(row for row in rows if row["strategy"] == REFERENCE and row["reference"])
@@ -211,6 +212,9 @@ def draw(figures, path):
         worst = (1 + NEAR["judge"]) * plain["quality"]["judge_nats_per_token"]["mean"]
         axes.axhline(worst, color="black", linewidth=0.8, linestyle="--", label="5 % above one token a forward")
         axes.set(xscale="log", xlabel=of + " a text")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("judge's nats per token (hollow: entropy off by more than 3 %)")

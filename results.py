@@ -204,10 +204,13 @@ def main():
     best = best_runs(found, plan)
     facts = next(iter(best["transformer"].values()))["config"]
     seeds, steps = len(best["transformer"]), max(r["max_steps"] for r in plan["runs"])
+    known = [get(run, "config train_tokens") for runs in best.values() for run in runs.values()]
+    tokens = next((f"{n:,}" for n in known if n), "")  # runs of older code do not state it
+    data = Path(*Path(plan["runs"][0]["flags"]["data_dir"]).parts[-2:])
     parts = [
         "# Results: diffusion and its autoregressive twin",
         f"Made by `python results.py` from what the commands below wrote. {facts['parameters']:,} parameters on both "
-        f"sides, {facts['train_tokens']:,} training tokens ({plan['runs'][0]['flags']['data_dir']}), windows of "
+        f"sides, {tokens or DASH} training tokens ({data}), windows of "
         f"{facts['seq_len']}, {seeds} seeds, up to {steps:,} steps of {facts['rows_a_step'] * facts['seq_len']:,} "
         f"tokens; torch {facts['torch']} on {facts['device']} in {facts['precision'].removeprefix('torch.')}.",
     ]  # fmt: skip

@@ -514,7 +514,9 @@ def test_a_signal_reaches_all_processes_and_starts_no_more(monkeypatch, tmp_path
 def test_measuring_in_a_process_of_its_own(data, tmp_path):
     """A step takes time, the model fits in what it held, threads are those asked for; what is known is not measured."""
     given = dict(zip([x.removeprefix("--") for x in SIZES[::2]], SIZES[1::2], strict=True))
-    made = experiments.Run("a", "transformer", {}, given | dict(amp="off", device="cpu", data_dir=data), dataset.load(data))
+    made = experiments.Run(
+        "a", "transformer", {}, given | dict(amp="off", device="cpu", data_dir=data), dataset.load(data)
+    )
     found = experiments.measure([made, made], 1, dict(other=1))
     assert list(found) == ["other", experiments.key(made)] and experiments.measure([made], 1, found) is found
     measured = found[experiments.key(made)]
