@@ -90,7 +90,7 @@ def clusters(tokens, tokenizer, mask_id, age):
             seen = where[-1]
         carry = []
         if hi < len(chars):
-            carry = list(range(position[chars[hi][1]], position[-1] + 1))
+            carry = list(range(position[chars[hi][1]], run[-1] + 1))  # special tokens behind it too: no gap
             units += [("", [i], i) for i in range(seen + 1, carry[0])]
             seen = carry[-1]
         units += [("", [i], i) for i in range(seen + 1, run[-1] + 1)]
