@@ -137,6 +137,7 @@ def in_child(script, argv, folder, before):
     os.chdir(folder)
     for fd in (1, 2):
         os.dup2(os.open(f"{folder}/std{fd}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
     torch.set_num_threads(1)
     sys.argv = [f"{script}.py", *argv]
     if before:
