@@ -81,7 +81,7 @@ def suites(epochs):
         "eco": [("transformer", one, {})]
                + [(f"eco_{k}{v}", "eco_hybrid", {k: v}) for k, values in eco.items() for v in values],
         "crossover": [(f"{a}_{e:g}epochs", kind, OWN[kind] | dict(epochs=e) | SCORED[kind])
-                      for (a, kind), e in product(TWINS.items(), epochs or [4, 8, 16, 32, 64])],
+                      for (a, kind), e in product(TWINS.items(), epochs or [4, 8, 16, 32])],
         "regularise": [(f"{a}_dropout{d:g}_decay{w:g}_{e:g}epochs", kind, dict(dropout=d, weight_decay=w, epochs=e))
                        for (a, kind), e, d, w in product(TWINS.items(), epochs or [20], (0.0, 0.1, 0.3), (0.1, 0.3))],
     }  # fmt: skip
