@@ -273,7 +273,7 @@ def test_a_value_that_some_of_a_group_lack_says_of_how_many(make):
 
 
 def test_what_differs_is_another_group(make):
-    fields = (dict(seed=1), dict(seed=2), dict(seed=1, lr=0.1), dict(seed=1), dict(seed=1, window=0))
+    fields = (dict(seed=1), dict(seed=2), dict(seed=3, lr=0.1), dict(seed=1), dict(seed=4, window=0))
     runs = compare.read_runs([make(f"run{i}", **more) for i, more in enumerate(fields)])
     groups = [[run["name"] for run in g.values()] for g in compare.group(runs)]
     assert groups == [["run0", "run1"], ["run2"], ["run3"], ["run4"]]  # run3 is run0 once more
@@ -478,6 +478,9 @@ def test_names_and_texts_are_inert(make, compared):
     assert page.tables["Runs"][1][:2] == [name, NASTY] and page.tables["Samples"][1][1] == NASTY
     assert {d["name"] for f in page.charts.values() for d in f["data"]} >= {"evil&lt;b&gt;&amp;lt;x|*y*"}
     assert "<" not in page.scripts[1][1] and "<" not in text.replace("<br>", "")
+    figure = report.chart(NASTY, "x", "y", [("name", report.style(0), [(1, 2)], {})])
+    alone = Page(report.to_page("title", "text", [], [figure]))  # the data of a chart cannot end its script
+    assert len(alone.scripts) == 3 and alone.charts.popitem()[1]["layout"]["title"]["text"] == NASTY
     rows = [line for line in text.splitlines() if line.startswith("| evil")]
     assert rows and all(re.sub(r"\\.", "", row).count("|") == len(page.tables["Runs"][0]) + 1 for row in rows[:1])
 
