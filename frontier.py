@@ -83,6 +83,8 @@ def measure(cfg, device):
     loaded, twin = (checkpoint.load(path, device) for path in (cfg.ckpt or checkpoint.newest_run(), cfg.twin))
     denoiser, tokenizer = loaded.denoiser, loaded.tokenizer
     check(not hasattr(denoiser, "extend"), f"--ckpt {loaded.path} is autoregressive; name a denoiser, and it as --twin")
+    own = denoiser.block_length
+    check(not own, f"--ckpt {loaded.path} writes in blocks of {own} alone; name a plain denoiser, blocks are compared")
     quality.check_judge(twin, tokenizer)
     T = cfg.prompt_tokens + cfg.new_tokens
     limit = min(m.config.max_seq_len for m in (denoiser, twin.denoiser))

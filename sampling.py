@@ -264,8 +264,8 @@ def denoise(
     for name, value in dict(confidence_stop=confidence_stop, remask=remask, loop=loop).items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}, needs 0 <= {name} <= 1; 0 is off")
-    if loop and not remask:
-        raise ValueError(f"loop is {loop} and remask 0: a loop hides tokens again; set remask")
+    if loop == 1 or loop and not remask:
+        raise ValueError(f"loop is {loop} and remask {remask}: loop needs to be below 1, and a remask above 0")
     if block_length < 0 or min_new < 0 or no_repeat < 0 or no_repeat == 1 or not entropy_bound >= 0:
         raise ValueError(
             f"block_length is {block_length}, min_new {min_new}, entropy_bound {entropy_bound}, no_repeat {no_repeat}; "

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from conftest import train
 from toys import build, seeded
 
 import benchmark
@@ -76,6 +77,12 @@ def test_the_two_models_cannot_be_exchanged(command, trained, twin, tmp_path):
     assert result.code == 2 and "autoregressive" in result.error()
     result = command("benchmark", "sample", "--ckpt", trained, "--twin", trained, *small)
     assert result.code == 2 and "cannot judge" in result.error()
+
+
+def test_a_model_of_blocks_is_refused(command, data, twin, tmp_path):
+    train(data, tmp_path / "blocks", "--block_length", 8, "--max_steps", 1)
+    result = command("benchmark", "sample", "--ckpt", tmp_path / "blocks", "--twin", twin)
+    assert result.code == 2 and "blocks of 8" in result.error()
 
 
 def row(strategy, seconds, nats, entropy, reference=False):

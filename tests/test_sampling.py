@@ -565,7 +565,8 @@ def test_nothing_to_fill():
     dict(steps=0), dict(steps=-3), dict(temperature=math.nan), dict(temperature=-0.1), dict(temperature=math.inf),
     dict(top_p=0.0), dict(top_p=1.1), dict(top_p=math.nan), dict(top_k=-1), dict(strategy="nonsense"),
     dict(confidence_stop=-0.1), dict(confidence_stop=1.1), dict(confidence_stop=math.nan), dict(remask=1.1),
-    dict(remask=math.nan), dict(loop=0.5), dict(loop=-0.5, remask=0.1), dict(block_length=-1), dict(min_new=-2),
+    dict(remask=math.nan), dict(loop=0.5), dict(loop=-0.5, remask=0.1),
+    dict(loop=1.0, remask=0.1), dict(block_length=-1), dict(min_new=-2),
     dict(no_repeat=1), dict(no_repeat=-1), dict(entropy_bound=-0.1), dict(entropy_bound=math.nan)])  # fmt: skip
 def test_wrong_settings(settings):  # S3, S4
     with pytest.raises(ValueError, match=str(next(iter(settings.values())))):
