@@ -44,7 +44,7 @@ def test_every_way_writes_the_same_number_of_tokens(sample, trained, twin, tmp_p
     for (name, label), row in rows.items():
         if name == "blocks, no cache":  # what the cache changes is time, and little else
             assert row["forwards"] == rows["blocks, random", label]["forwards"]
-    assert figures["drift"]["mean"] >= 0 and figures["verdict"]["times_the_reference"] >= 1
+    assert figures["drift"]["mean"] > -1e-6 and figures["verdict"]["times_the_reference"] >= 1
     assert (tmp_path / "figures.png").stat().st_size > 10_000
     # the judge's figure of the real text, computed from the logits
     judge, ids = checkpoint.load(twin), figures["real_text"]
