@@ -21,14 +21,16 @@ from typing import Any
 import torch
 
 import tokenizer as tokenizers
-from config import AutoregressiveConfig, EcoHybridConfig, TransformerConfig, one_line
+from config import AutoregressiveConfig, EcoHybridConfig, TransformerConfig, VariantConfig, one_line
 from eco_hybrid import EcoHybrid
 from model import GPT, LanguageModel, Transformer
+from variants import Variant
 
 MODELS = {  # kind -> (config class, model class)
     "transformer": (TransformerConfig, Transformer),
     "eco_hybrid": (EcoHybridConfig, EcoHybrid),
     "autoregressive": (AutoregressiveConfig, GPT),
+    "variant": (VariantConfig, Variant),
 }
 
 

@@ -131,6 +131,27 @@ class TransformerConfig:
 
 
 @dataclass
+class VariantConfig(TransformerConfig):
+    """d_ff is that of the Transformer with as many parameters: other feed-forwards get the width that matches it."""
+
+    positions: str = knob(
+        "rotary",
+        "how positions are told apart; relative: a learned bias on the scores; learned: added to the embedding",
+        ("rotary", "relative", "learned", "none"),
+    )
+    value_residual: bool = knob(False, "mix the first layer's values into those of the others")
+    attention_gate: bool = knob(False, "a gate from 0 to 2 on the output of each head")
+    feed_forward: str = knob("swiglu", "form of the feed-forward", ("swiglu", "gelu", "relu2"))
+    norm: str = knob(
+        "rms",
+        "RMSNorm or LayerNorm before each branch; sandwich: RMSNorm behind it too; no_qk: none on queries and keys",
+        ("rms", "layer", "sandwich", "no_qk"),
+    )
+    window: int = knob(0, "the Transformer itself has it", flag=False)
+    block_length: int = knob(0, "the Transformer itself has it", flag=False)
+
+
+@dataclass
 class EcoHybridConfig(TransformerConfig):
     """d_ff is that of the Transformer that has as many parameters: the SwiGLUs here get the width that matches it."""
 
@@ -413,10 +434,16 @@ class ExperimentsConfig:
     jobs: int = knob(1, "runs at a time; each gets its share of the cores")
     shard: str = knob("0/1", "i/n: of the runs take every n-th from the i-th on; for n machines on a shared folder")
     execute: bool = knob(False, "start what is missing; without it the plan is written and printed")
-    print_commands: bool = knob(False, "print a shell line for each missing run, as for Slurm, and start nothing")
+    print_commands: bool = knob(False, "print a line for each missing run, to be started elsewhere, and start nothing")
+    launcher: str = knob(
+        "shell",
+        "how the lines of --print_commands start a run: as they are, by sbatch, or by torchrun on --processes",
+        ("shell", "slurm", "torchrun"),
+    )
+    processes: int = knob(2, "launcher torchrun: processes a run, which share its grad_accum parts of a step")
 
     def __post_init__(self):
-        for name in ("seeds", "jobs"):
+        for name in ("seeds", "jobs", "processes"):
             check(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}, needs to be 1 or more")
         i, _, n = self.shard.partition("/")
         right = i.isdecimal() and n.isdecimal() and int(i) < int(n)

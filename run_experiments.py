@@ -43,7 +43,12 @@ from machine import child_environment, script_argv
 from optimizer import make_optimizers
 from plot import read_metrics
 
-SCRIPTS = dict(transformer="train_diffusion", eco_hybrid="train_eco_hybrid", autoregressive="train_autoregressive")
+SCRIPTS = dict(
+    transformer="train_diffusion",
+    eco_hybrid="train_eco_hybrid",
+    autoregressive="train_autoregressive",
+    variant="variants",
+)
 DEFAULTS = dict(autoregressive=train_autoregressive.OWN)  # what a trainer takes beyond config.py's defaults
 ARCHS = dict(baseline="transformer", eco="eco_hybrid")
 TWINS = dict(diffusion="transformer", autoregressive="autoregressive")
@@ -65,6 +70,11 @@ def suites(epochs):
     times, masks = ("discrete", "continuous"), ("token", "span")
     rates, schedules, weights = ((0.0, 1.0), (0.1, 1.0), (0.0, 0.8)), ("linear", "cosine"), ("elbo", "low_var", "mix")
     peaks = (("muon", 4e-3), ("muon", 2e-3), ("muon", 8e-3), ("adamw", 7e-4), ("adamw", 3.5e-4), ("adamw", 1.4e-3))
+    parts = dict(positions_relative=dict(positions="relative"), positions_learned=dict(positions="learned"),
+                 positions_none=dict(positions="none"), value_residual=dict(value_residual=True),
+                 attention_gate=dict(attention_gate=True), gelu=dict(feed_forward="gelu"),
+                 relu2=dict(feed_forward="relu2"), layer_norm=dict(norm="layer"), sandwich_norm=dict(norm="sandwich"),
+                 no_qk_norm=dict(norm="no_qk"))  # fmt: skip
     eco = dict(memory_slots=(32, 16, 64), conv_kernel=(3, 11), attn_every=(0, 2))
     return {
         "seed": [(f"{a}_{t}_{m}", kind, dict(time_mode=t, masking_strategy=m))
@@ -72,7 +82,8 @@ def suites(epochs):
         "schedule": [(f"{s}_{w}_{a:g}-{b:g}", one,
                       dict(mask_schedule=s, loss_weight=w, min_mask_rate=a, max_mask_rate=b))
                      for s, w, (a, b) in product(schedules, weights, rates)],
-        "architecture": [("full", one, {}), *((f"local_{w}", one, dict(window=w)) for w in (32, 64, 128)),
+        "architecture": [("full", one, {}), *((name, "variant", named) for name, named in parts.items()),
+                         *((f"local_{w}", one, dict(window=w)) for w in (32, 64, 128)),
                          ("hybrid", "eco_hybrid", {}), ("pure", "eco_hybrid", dict(attn_every=0))],
         "optimizer": [(f"{o}_{lr:g}_decay{w:g}_ema{e:g}", one, dict(optimizer=o, lr=lr, weight_decay=w, ema=e))
                       for (o, lr), w, e in product(peaks, (0.1, 0.0), (0.999, 0.0))],
@@ -425,6 +436,23 @@ def write_plan(runs, cfg, probes):
     return rows
 
 
+def line(run, cfg, threads):
+    """A shell line that trains and evaluates a run anywhere, and goes on with one that was begun."""
+    train, score = run.commands()
+    if cfg.launcher == "torchrun":
+        parts, rest = divmod(run.run.grad_accum, cfg.processes)
+        check(not rest, f"--grad_accum {run.run.grad_accum} cannot be shared by --processes {cfg.processes}")
+        elastic = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(cfg.processes)]
+        train = [train[0], *elastic, *train[1:], "--grad_accum", str(parts)]  # the last one counts
+    there = f"ls {shlex.quote(str(run.out))}/*.pt > /dev/null 2>&1"
+    prefix = f"GOMP_SPINCOUNT=30000 OMP_NUM_THREADS={threads}"
+    text = f"{prefix} {shlex.join(train)} $({there} && echo --resume) && {prefix} {shlex.join(score)}"
+    if cfg.launcher == "slurm":
+        job = ["sbatch", "--requeue", "--job-name", run.out.name, "--output", f"{run.out}.log", "--open-mode", "append"]
+        text = shlex.join([*job, "--cpus-per-task", str(threads), "--wrap", text])
+    return text
+
+
 def main():
     parser = Parser(__doc__)
     add_flags(parser, [ExperimentsConfig])
@@ -444,11 +472,7 @@ def main():
         rows = write_plan(runs, cfg, probes)
     mine = [i for i, row in enumerate(rows) if i % shards == shard and row["status"] != "done"]
     if cfg.print_commands:
-        for i in mine:
-            prefix = f"GOMP_SPINCOUNT=30000 OMP_NUM_THREADS={threads}"
-            train, score = (f"{prefix} {shlex.join(argv)}" for argv in runs[i].commands())
-            there = f"ls {shlex.quote(str(runs[i].out))}/*.pt > /dev/null 2>&1"  # a job that is queued again goes on
-            print(f"{train} $({there} && echo --resume) && {score}")
+        print("\n".join([line(runs[i], cfg, threads) for i in mine]))
         return
 
     # --- the plan

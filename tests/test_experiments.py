@@ -182,6 +182,26 @@ def test_seeds_shards_and_commands(plan, command, data, tmp_path):
         assert f"$(ls {r['output_dir']}/*.pt > /dev/null 2>&1 && echo --resume)" in line
 
 
+def test_lines_for_slurm_and_torchrun(plan, tmp_path):
+    """A Slurm line wraps the shell line whole; the processes of torchrun share the parts of a step."""
+    lines = {}
+    for launcher in ("shell", "slurm", "torchrun"):
+        more = ("--launcher", launcher, "--print_commands", "--grad_accum", 6, "--processes", 3)
+        result, runs = plan(*more)
+        assert result.code == 0, result.err
+        lines[launcher] = result.out.splitlines()
+    for shell, slurm, torchrun, run in zip(*lines.values(), runs, strict=True):
+        words = shlex.split(slurm)
+        assert words[0] == "sbatch" and words[words.index("--wrap") + 1 :] == [shell]
+        assert words[words.index("--job-name") + 1] == run["name"]
+        words = shlex.split(torchrun)
+        module, script = words.index("torch.distributed.run"), words.index(str(ROOT / run["script"]))
+        assert module < script and words[words.index("--nproc_per_node") + 1] == "3"
+        assert words[script : words.index("$(ls")][-2:] == ["--grad_accum", "2"]  # the last one counts
+    result, _ = plan("--launcher", "torchrun", "--print_commands", "--grad_accum", 4, "--processes", 3)
+    assert result.code == 2 and "--grad_accum 4 cannot be shared by --processes 3" in result.error()
+
+
 def test_every_suite_is_made_of_flags_that_exist(plan, monkeypatch, data, tmp_path):
     """Its runs have names of their own, differ in what they say, and are matched; the names are config.py's."""
     choices = next(f for f in dataclasses.fields(config.ExperimentsConfig) if f.name == "suite").metadata["choices"]

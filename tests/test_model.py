@@ -23,6 +23,10 @@ VARIANTS = {  # name -> kind, sizes
     "local": ("transformer", dict(n_layers=3, window=4)),  # two local layers, a full one
     "hybrid": ("eco_hybrid", dict(attn_every=2)),  # one layer of each sort
     "blocks": ("transformer", dict(block_length=5)),  # three, and a rest of one
+    "relative": ("variant", dict(positions="relative", value_residual=True, attention_gate=True)),
+    "learned": ("variant", dict(positions="learned", feed_forward="gelu", norm="sandwich")),
+    "layer_norm": ("variant", dict(norm="layer")),
+    "no_qk_norm": ("variant", dict(norm="no_qk")),
 }
 each_kind = pytest.mark.parametrize("kind", [*KINDS, *VARIANTS])  # the denoisers
 each_model = pytest.mark.parametrize("kind", [*checkpoint.MODELS, *VARIANTS])
@@ -416,7 +420,9 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_decay(kind, name):
     assert sorted(owned) == sorted(id(p) for p in model.parameters())
     decays = {id(p) for g in groups for p in g["params"] if g["weight_decay"] > 0}
     for n, p in model.named_parameters():
-        assert (id(p) in decays) == (p.dim() == 2 and not re.search("embed|norm|slots$|kernel", n)), n
+        assert (id(p) in decays) == (
+            p.dim() == 2 and not re.search("embed|norm|slots$|kernel|positions$|offsets$", n)
+        ), n
 
 
 @pytest.mark.parametrize("shape, pieces", [((64, 64), 1), ((192, 64), 3), ((64, 256), 1), ((256, 64), 2)])
