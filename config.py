@@ -18,9 +18,10 @@ import traceback
 from dataclasses import dataclass, field
 
 
-def knob(default, help, choices=None, flag=True):
-    """One configuration line. flag=False: not on the command line (the data decides it)."""
-    return field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
+def knob(default, help, choices=None, flag=True, alone=None):
+    """One configuration line. flag=False: not on the command line (the data decides it). alone: the value of a flag
+    that is given without one."""
+    return field(default=default, metadata={"help": help, "choices": choices, "flag": flag, "alone": alone})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,6 +304,12 @@ class EvaluateConfig:
     samples: int = knob(32, "samples for the judge: each continues the first quarter of a window")
     sample_steps: int = knob(0, "forwards that write a sample; 0 is one a token")
     check: bool = knob(False, "compare with unigram and bigram models; exit 1 if not 18 % below the unigram")
+    qa: str = knob(
+        "",
+        "ask the questions of this .jsonl, and score no text; alone: those of data/qa.jsonl; eval.json gets them too",
+        alone="data/qa.jsonl",
+    )
+    answer_tokens: int = knob(32, "tokens of an answer, at most")
     output: str = knob("", "where the figures go; empty is eval.json beside the checkpoint")
     seed: int = knob(0, "seed of the masks and samples")
     device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
@@ -312,6 +319,9 @@ class EvaluateConfig:
         check(self.masks >= 1, f"--masks is {self.masks}, needs to be 1 or more")
         check(self.batch_size >= 1, f"--batch_size is {self.batch_size}, needs to be 1 or more")
         check(self.samples >= 1, f"--samples is {self.samples}, needs to be 1 or more")
+        check(self.answer_tokens >= 1, f"--answer_tokens is {self.answer_tokens}, needs to be 1 or more")
+        for name in ("against", "chain_rule", "judge", "check"):
+            check(not (self.qa and getattr(self, name)), f"--qa scores no text, which --{name} needs; run both in turn")
         for name in ("max_windows", "chain_rule", "sample_steps"):
             check(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, needs to be 0 or more")
 
@@ -487,8 +497,10 @@ def add_flags(parser, configs):
                 group.add_argument(f"--{f.name}", action="store_true", default=f.default, help=on)
                 group.add_argument(f"--no_{f.name}", dest=f.name, action="store_false", default=f.default, help=off)
             else:
+                alone = f.metadata["alone"]
+                more = {} if alone is None else dict(nargs="?", const=alone)
                 group.add_argument(
-                    f"--{f.name}", type=f.type, default=f.default, choices=f.metadata["choices"], help=help
+                    f"--{f.name}", type=f.type, default=f.default, choices=f.metadata["choices"], help=help, **more
                 )
 
 

@@ -3,12 +3,14 @@
     python evaluate.py --ckpt checkpoints/diffusion_hi/best.pt
     python evaluate.py --ckpt checkpoints/eco_hybrid_hi --against checkpoints/diffusion_hi   # window by window
     python evaluate.py --chain_rule 32 --judge checkpoints/twin     # minutes more: exact likelihood, samples
+    python evaluate.py --ckpt checkpoints/chat_hi --qa              # question answering alone, into the same file
 
 Every token of the split is scored, the end of each document too; bytes and characters are those of the scored text.
 A denoiser's cost is the bound on -log p (an upper limit, from random masks), an autoregressive model's is exact.
 --chain_rule gives a denoiser's exact cost under two fixed orders. --judge measures what a model writes (quality.py).
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -22,8 +24,9 @@ import dataset
 import diffusion
 import ngram
 import quality
+import questions
 import sampling
-from config import EvaluateConfig, check, parse, run_main
+from config import EvaluateConfig, check, one_line, parse, run_main
 from intervals import paired, ratio
 from machine import pick_device
 
@@ -241,6 +244,56 @@ def print_samples(ours, real):
         print(f"  {words(name):24}{show(ours[name]):20}{show(real[name])}")
 
 
+def written(output):
+    """What stands in `output` already: a dict. Raises RuntimeError if it is damaged."""
+    try:
+        old = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+        check(isinstance(old, dict), "no JSON object")
+        return old
+    except ValueError as e:
+        raise RuntimeError(f"{output} is damaged ({one_line(e)}); delete it") from None
+
+
+def unlike(old, which, beside):
+    """The first thing in which figures `old` are not of the checkpoint `which`: a text, empty if they are.
+
+    beside: both lie in one folder, which may have moved."""
+    place = (lambda path: Path(path).name) if beside else (lambda path: Path(path).resolve())
+    for key, value in which.items():
+        there = old.get(key, value)
+        if there != value and not (key == "checkpoint" and place(there) == place(value)):
+            return f"{key} {there}, not {value}"
+    return ""
+
+
+def write(output, result):
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    checkpoint.replace(output, lambda t: t.write_text(text, encoding="utf-8"))
+    print(f"wrote {output}")
+
+
+def ask(cfg, loaded, output, which):
+    """Put the questions to a checkpoint, print the figures and add them to `output`, whose content is returned.
+
+    Raises ValueError if the file holds figures of another checkpoint than `which` says.
+    """
+    items, old = questions.load(cfg.qa), written(output)
+    other = unlike(old, which, beside=not cfg.output)
+    check(
+        not other,
+        f"{output} is of another checkpoint ({other}); evaluate this one without --qa first, or name another --output",
+    )
+    start = time.perf_counter()
+    result = questions.evaluate(loaded, items, cfg.answer_tokens, cfg.batch_size, cfg.data_dir)
+    result |= {"file": cfg.qa, "sha256": checkpoint.sha256(cfg.qa), "seconds": time.perf_counter() - start}
+    print(f"{loaded.path}, step {loaded.step:,}: {len(items)} questions of {cfg.qa}, each answered in up to "
+          f"{cfg.answer_tokens} tokens, greedily from left to right ({result['seconds']:.1f} s)")  # fmt: skip
+    questions.report(result)
+    result = which | old | {"qa": result}
+    write(output, result)
+    return result
+
+
 def run(cfg):
     """Score a checkpoint, print the figures and write eval.json, whose content is returned. cfg: EvaluateConfig.
 
@@ -249,6 +302,11 @@ def run(cfg):
     """
     loaded = checkpoint.load(cfg.ckpt or checkpoint.newest_run(), pick_device(cfg.device), cfg.ema)
     tokenizer = loaded.tokenizer
+    output = Path(cfg.output) if cfg.output else loaded.path.parent / "eval.json"
+    check(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}")
+    which = {"checkpoint": str(loaded.path), "step": loaded.step, "kind": loaded.kind, "ema": cfg.ema}
+    if cfg.qa:
+        return ask(cfg, loaded, output, which)
     data = dataset.load(cfg.data_dir or loaded.config["data_dir"])
     check(
         data.meta["tokenizer"]["sha256"] == tokenizer.sha256,
@@ -262,8 +320,6 @@ def run(cfg):
     judge = checkpoint.load(cfg.judge, pick_device(cfg.device)) if cfg.judge else None
     if judge:
         quality.check_judge(judge, tokenizer)
-    output = Path(cfg.output) if cfg.output else loaded.path.parent / "eval.json"
-    check(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}")
     ids = getattr(data, cfg.split)
     windows = dataset.windows(ids, loaded.denoiser.config.max_seq_len, cfg.max_windows)
     start, curve = time.perf_counter(), Reliability()
@@ -274,12 +330,9 @@ def run(cfg):
 
     baselines = counting(data.train, windows, tokenizer)
     result = {
-        "checkpoint": str(loaded.path),
-        "step": loaded.step,
-        "kind": loaded.kind,
+        **which,
         "split": cfg.split,
         "data_sha256": data.hash,
-        "ema": cfg.ema,
         "seed": cfg.seed,
         "batch_size": cfg.batch_size,
         **result,
@@ -297,8 +350,11 @@ def run(cfg):
     if judge:
         result["samples"], result["real_text"] = samples(loaded, judge, windows, cfg)
         print_samples(result["samples"], result["real_text"])
-    checkpoint.replace(output, lambda t: t.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
-    print(f"wrote {output}")
+    with contextlib.suppress(RuntimeError):  # a damaged file is written anew
+        old = written(output)
+        if "qa" in old and not unlike(old, which, beside=not cfg.output):
+            result["qa"] = old["qa"]  # still true of this checkpoint
+    write(output, result)
     if cfg.check:
         ours = result["bits_per_byte"]["mean"]
         against = "; ".join(f"{name} {bits:.4f} ({ours / bits - 1:+.1%})" for name, bits in baselines.items())
@@ -319,7 +375,9 @@ def main():
     check(not cfg.output or len(names) == 1, "--output is for one --ckpt; several write eval.json beside each")
     for folder in folders:
         check((folder / "eval.json").is_file(), f"--against {folder}: no eval.json there; evaluate it first, alike")
-    theirs = [json.loads((folder / "eval.json").read_text("utf-8")) for folder in folders]
+    theirs = [written(folder / "eval.json") for folder in folders]
+    for folder, scores in zip(folders, theirs, strict=True):
+        check("bits_per_byte" in scores, f"--against {folder}: its eval.json holds no likelihood; evaluate it first")
     ours = [run(dataclasses.replace(cfg, ckpt=name)) for name in names]
     if theirs:
         compare(ours, theirs)
