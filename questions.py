@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import regex
 
+import chat
 import dataset
 import sampling
 import tokenizer as tokenizers
@@ -135,23 +136,13 @@ def load(path):
 # asking
 
 
-def prompt(question, tokenizer):
-    """The ids that end where the answer begins."""
-    return tokenizer.encode(f"User: {question}\nAssistant:")
-
-
-def answer(ids, tokenizer):
-    """Generated ids → text, cut at EOS."""
-    return tokenizer.decode(ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids).strip()
-
-
 def ask(loaded, items, n, batch_size=32):
     """What a checkpoint answers to each item in at most n tokens: a list of texts.
 
     Raises ValueError where the longest question and its answer do not fit the model's window.
     """
     model, tokenizer = loaded.denoiser, loaded.tokenizer
-    prompts = [prompt(item["question"], tokenizer) for item in items]
+    prompts = [chat.prompt([{"role": "user", "content": item["question"]}], tokenizer) for item in items]
     longest, limit = max(range(len(items)), key=lambda i: len(prompts[i])), model.config.max_seq_len
     check(
         len(prompts[longest]) + n <= limit,
@@ -171,7 +162,7 @@ def ask(loaded, items, n, batch_size=32):
             decoding = sampling.denoise(model, x, STRATEGY, steps=x.shape[1], lengths=lengths, **drawing)
         step = collections.deque(decoding, maxlen=1).pop()  # the last one
         for row, i in zip(step.x.tolist(), some, strict=True):
-            texts[i] = answer(row[len(prompts[i]) : len(prompts[i]) + n], tokenizer)
+            texts[i] = chat.answer(row[len(prompts[i]) : len(prompts[i]) + n], tokenizer)
     return texts
 
 
