@@ -120,23 +120,29 @@ def begin_with(path, kind, sizes, tokenizer):
     return other.denoiser.state_dict()
 
 
+def join_processes(run):
+    """(rank, world, device) of this process; torchrun's others are joined, once."""
+    rank, world, local_rank = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    device = pick_device(run.device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():  # the others wait while the first process validates: hours, not minutes
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return rank, world, device
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the loop
 
 
 def train(kind, mask, sizes, run, quiet=False):
     """Train a model of `kind` (a key of checkpoint.MODELS); returns the last validation, a dict."""
-    rank, world, local_rank = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    rank, world, device = join_processes(run)
     first = rank == 0
-    device = pick_device(run.device, local_rank)
     if run.threads:
         torch.set_num_threads(run.threads)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():  # the others wait while the first process validates: hours, not minutes
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     say = (lambda *a: None) if quiet or not first else (lambda *a: tqdm.write(" ".join(map(str, a))))
 
     # --- data: x0 comes from train.bin through dataset.batch, or, of chats, dataset.rows_of_chats, nowhere else
