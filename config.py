@@ -238,6 +238,33 @@ class TrainConfig:
 
 
 @dataclass
+class InstructConfig:
+    """What train_instruct.py has beside TrainConfig, whose data_dir is then a folder of rows made before."""
+
+    data: str = knob("data/instruct.jsonl", "conversations: .jsonl or .parquet files, folders, globs, comma-separated")
+    dataset: str = knob("", "instead a data set of the hub by name, or a local folder of one (needs the hub extra)")
+    dataset_config: str = knob("", "configuration of the data set, such as anudesh")
+    dataset_split: str = knob("", "split of the data set to read; empty is hi where there is one, else train")
+    columns: str = knob("", "which column is what, such as instruction=prompt,response=output; also messages, input")
+    max_examples: int = knob(10000, "conversations to take, chosen by hash, after duplicates are dropped; 0 is all")
+    val_fraction: float = knob(0.1, "share of the conversations held out for validation, by hash of the instruction")
+    mask_ratio_min: float = knob(0.0, "least hidden share of a response; only 0 to 1 is the bound")
+    mask_ratio_max: float = knob(1.0, "largest hidden share of a response; answers begin at 1")
+    loss_weight: str = knob("low_var", "as of train_diffusion.py", ("elbo", "low_var", "mix"))
+    dropout: float = knob(-1.0, "dropout on each residual branch while tuning; -1 is as --init was trained")
+
+    def __post_init__(self):
+        check(0 < self.val_fraction < 1, f"--val_fraction is {self.val_fraction}, needs 0 < val_fraction < 1")
+        check(self.max_examples >= 0, f"--max_examples is {self.max_examples}, needs to be 0 or more")
+        check(self.dropout == -1 or 0 <= self.dropout < 1, f"--dropout is {self.dropout}, needs 0 <= dropout < 1")
+        check(
+            0 <= self.mask_ratio_min < self.mask_ratio_max <= 1,
+            f"--mask_ratio_min is {self.mask_ratio_min}, --mask_ratio_max {self.mask_ratio_max}; they need "
+            "0 <= min < max <= 1",
+        )
+
+
+@dataclass
 class SampleConfig:
     ckpt: str = knob("", "a .pt file or a run folder; empty takes the newest run under checkpoints/")
     tokenizer: str = knob("", "tokenizer.model to insist on; the checkpoint carries its own")
