@@ -69,18 +69,18 @@ def first_sentence(text):
 def right(output, question, answers):
     """Whether `output` answers the question: only its first sentence counts, and of a list its first entry.
 
-    An accepted answer must stand there, whole word for whole word; before it no comma, around it, up to the next comma,
-    at most OTHERS words that the question does not have, and no word of DOUBT. So the question alone, a list of all
-    there is, a wrong answer before the right one, or two answers at once are wrong.
+    An accepted answer must stand there, whole word for whole word; before it no comma, unless it fills a cloze that has
+    one; around it, up to the next comma, at most OTHERS words that the question does not have, and no word of DOUBT.
+    So the question alone, a list of all there is, a wrong answer before the right one, or two at once are wrong.
     """
     said, commas = [], []  # commas: how many words stand before each
     for token in tokens(first_sentence(output)):
         commas.append(len(said)) if token == "," else said.append(token)
-    asked = set(words(question))
+    asked, before_blank = set(words(question)), words(question.partition(BLANK)[0])
     for answer in map(words, answers):
         for i in range(len(said) - len(answer) + 1):
             end = i + len(answer)
-            if said[i:end] == answer and not any(0 < c <= i for c in commas):
+            if said[i:end] == answer and (said[:i] == before_blank or not any(0 < c <= i for c in commas)):
                 until = min((c for c in commas if c >= end), default=len(said))
                 others = [w for w in said[:i] + said[end:until] if w not in asked]
                 if len(others) <= OTHERS and not DOUBT & set(others):
@@ -171,14 +171,20 @@ def ask(loaded, items, n, batch_size=32):
 
 
 def documents(folder, sha256=None):
-    """The texts between the EOS of a prepared folder's train.bin. Raises ValueError if sha256 is not that of its data,
-    and as dataset.load does."""
+    """The texts of a prepared folder's train.bin: what stands between two EOS, or, of chats, a row.
+
+    Raises ValueError if sha256 is not that of its data, and as dataset.load does.
+    """
     data = dataset.load(folder)
     check(sha256 in (None, data.hash), f"{folder} was prepared again since (another sha256)")
     ids = tokenizers.load(Path(folder) / data.meta["tokenizer"]["file"])
-    ends = np.flatnonzero(data.train == ids.eos_id).tolist()
-    for start, end in zip([0, *(e + 1 for e in ends)], [*ends, len(data.train)], strict=True):
-        yield ids.decode(data.train[start:end])
+    T = data.meta["seq_len"] if data.answers else len(data.train)
+    for row in range(0, len(data.train), T):
+        x = data.train[row : row + T]
+        ends = np.flatnonzero(x == ids.eos_id).tolist()
+        pieces = zip([0, *(e + 1 for e in ends)], [*ends, len(x)], strict=True)
+        texts = (ids.decode(x[start:end]) for start, end in pieces if start < end)
+        yield from ["\n".join(texts)] if data.answers else texts  # an EOS may stand between question and answer
 
 
 def met(items, texts):
@@ -207,24 +213,25 @@ def contamination(items, loaded, data_dir=""):
     Searched are data_dir, or, without it, the data of the run and of each run that it began from. Raises as
     dataset.load does, for data_dir alone: text that is no longer there, or not the same, is unknown.
     """
-    searched, unknown, found, config = [], [], set(), loaded.config
+    searched, unknown, found = [], [], set()
     if data_dir:
-        searched, found, config = [str(data_dir)], met(items, documents(data_dir)), None
+        searched, found = [str(data_dir)], met(items, documents(data_dir))
+    name, config = str(loaded.path), None if data_dir else loaded.config
     while config is not None:
-        folder = config.get("data_dir")
+        folder, init = config.get("data_dir"), config.get("init")
         try:
-            check(folder, "the data of a run that names none")
+            check(folder, f"what {name} was trained on")
             found |= met(items, documents(folder, config.get("data_sha256")))
             searched.append(folder)
         except (OSError, ValueError, RuntimeError) as e:
             unknown.append(one_line(e))
-        init, config = config.get("init"), None
+        name, config = init, None
         if init:
-            run = Path(init) if Path(init).is_dir() else Path(init).parent
             try:
+                run = Path(init) if Path(init).is_dir() else Path(init).parent
                 config = json.loads((run / "config.json").read_text("utf-8"))
-            except (OSError, ValueError) as e:
-                unknown.append(f"the data of {init} ({one_line(e)})")
+            except (OSError, ValueError):
+                unknown.append(f"what {init} was trained on")
     return {"near": NEAR, "searched": searched, "unknown": unknown, "found": sorted(found)}
 
 
@@ -240,13 +247,17 @@ def accuracy(marks):
 
 def majority(items):
     """(answer, [whether it is right of each item]) of the accepted answer that is right most often."""
-    sizes = {}  # each in one spelling
-    for item in items:
-        for text in item["answers"]:
-            sizes.setdefault(tuple(words(text)), text)
-    marks = {text: [right(text, item["question"], item["answers"]) for item in items] for text in sizes.values()}
-    best = max(marks, key=lambda text: sum(marks[text]))
-    return best, marks[best]
+    distinct = {tuple(words(text)): text for item in items for text in item["answers"]}  # each in one spelling
+    needed = [[set(words(text)) for text in item["answers"]] for item in items]
+    best, most = "", []
+    for said, text in distinct.items():
+        marks = [
+            any(some <= set(said) for some in sets) and right(text, item["question"], item["answers"])
+            for item, sets in zip(items, needed, strict=True)
+        ]
+        if sum(marks) > sum(most):
+            best, most = text, marks
+    return best, most
 
 
 def evaluate(loaded, items, n=32, batch_size=32, data_dir=""):

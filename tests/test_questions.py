@@ -51,6 +51,7 @@ PATNA = ("बिहार की राजधानी क्या है?", ["
 JK = ("श्रीनगर कहाँ है?", ["जम्मू और कश्मीर"])
 PI = ("पाई का मान दो स्थान तक?", ["3.14"])
 THREE = ("त्रिभुज में कितनी भुजाएँ?", ["3", "तीन"])
+SUN = ("सूर्य ग्रह नहीं, एक ___ है।", ["तारा"])
 AMBEDKAR = ("संविधान किसने लिखा?", ["डॉ. बी. आर. अंबेडकर", "B. R. Ambedkar"])
 
 
@@ -59,6 +60,7 @@ AMBEDKAR = ("संविधान किसने लिखा?", ["डॉ. ब
     ("बिहार की राजधानी पटना है।", PATNA), ("बिहार की राजधानी पटना है, जो गंगा नदी के किनारे बसा पुराना शहर है।", PATNA),
     ("उत्तर: पटना", PATNA), ("Patna. It lies on the Ganges.", PATNA), ("\n\nपटना\nUser: और?", PATNA),
     ("पटना, लखनऊ", PATNA), ("जम्मू और कश्मीर में", JK), ("श्रीनगर जम्मू और कश्मीर में है।", JK), ("3.14", PI), ("३.१४ है", PI),
+    ("सूर्य ग्रह नहीं, एक तारा है।", SUN), ("एक तारा", SUN),
     ("३", THREE), ("तीन भुजाएं", THREE),
     ("B. R. Ambedkar", AMBEDKAR), ("डॉ. बी. आर. अम्बेडकर ने", AMBEDKAR), ("It was B. R. Ambedkar.", AMBEDKAR),
 ])  # fmt: skip
@@ -77,7 +79,7 @@ def test_right(output, asked):
     ("3", PI), ("13.14", PI), ("3.141", PI), ("314", PI),
     ("3.14", THREE), ("13", THREE), ("३०", THREE), ("1 2 3 4 5 6 7 8 9", THREE),
     ("1,2,3", THREE),
-    ("Ambedkar", AMBEDKAR),
+    ("Ambedkar", AMBEDKAR), ("सूर्य ग्रह है, एक तारा", SUN), ("सूर्य, तारा", SUN), ("एक ग्रह, तारा", SUN),
 ])  # fmt: skip
 def test_wrong(output, asked):
     assert not questions.right(output, *asked)
@@ -244,15 +246,15 @@ def test_real_models_answer_alike_in_any_batch(kind):
     """Rows of other lengths beside it change no answer, which is the argmax, one token after the other."""
     sizes = dict(vocab_size=BYTES.vocab_size, max_seq_len=160, noise=0.5)
     model = build("transformer", block_length=8, **sizes) if kind == "blocks" else build(kind, **sizes)
-    one, alone = loaded(model.eval()), []
+    one, alone, n = loaded(model.eval()), [], 12
     for i in ITEMS[-3:]:
         ids = chat.prompt([{"role": "user", "content": i["question"]}], BYTES)
         out = []
-        for _ in range(6):
+        for _ in range(n):
             if kind == "autoregressive":
                 logits = model(torch.tensor([ids + out + [0]]))[0, -1]
             else:
-                end = len(ids) + 6
+                end = len(ids) + n
                 if kind == "blocks":  # nothing behind a block is seen
                     end = min(end, (len(ids + out) // 8 + 1) * 8)
                 row = ids + out + [model.mask_id] * (end - len(ids + out))
@@ -263,7 +265,7 @@ def test_real_models_answer_alike_in_any_batch(kind):
                 break
         alone.append(chat.answer(out, BYTES))
     for batch_size in (1, 2, 32):
-        assert questions.ask(one, ITEMS[-3:], 6, batch_size) == alone
+        assert questions.ask(one, ITEMS[-3:], n, batch_size) == alone
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,6 +341,23 @@ def taught(tmp_path_factory):
     for kind in ("transformer", "autoregressive"):
         train(folder, root / kind, "--seq_len", 160, "--max_steps", 2, "--eval_windows", 2, kind=kind)
     return root
+
+
+def test_a_row_of_chats_is_one_text(tmp_path, command, taught):
+    """Whatever stands between question and answer; and what a run began from is searched too."""
+    chats = [(f"{s} की राजधानी?", c) for s, c in zip(STATES, CAPITALS, strict=True)]
+    rows = [{"messages": [dict(role="user", content=q), dict(role="assistant", content=a)]} for q, a in chats]
+    path, out = write(tmp_path / "chats.jsonl", rows), tmp_path / "chat"
+    argv = ("--data", path, "--val_fraction", 0.3, "--device", "cpu", "--amp", "off", "--eval_windows", 1)
+    more = ("--max_steps", 1, "--batch_size", 2, "--grad_accum", 1, "--seq_len", 160, "--output_dir", out)
+    done = command("train_instruct", "--init", taught / "transformer", *argv, *more)
+    assert done.code == 0, done.err
+    texts = list(questions.documents(out / "data"))
+    assert set(texts) == {f"प्रश्न: {q}\nउत्तर: {a}" for q, a in chats if any(q in t for t in texts)}
+    tuned = {f"capital{i}" for i in range(10) if any(chats[i][0] in t for t in texts)}
+    result = questions.contamination(ITEMS, checkpoint.load(out))
+    assert 0 < len(tuned) < 10 and set(result["found"]) == tuned | set(truly_met(taught / "data"))
+    assert result["searched"] == [str(out / "data"), str(taught / "data")] and not result["unknown"]
 
 
 def truly_met(folder):
