@@ -236,6 +236,11 @@ def test_an_answer_is_cut_at_its_tokens_and_takes_a_forward_each():
             assert (changed.sum(1) == 1).all()  # one token a row
             first_open = torch.where(before == toy.mask_id, place, 999).amin(1)
             assert torch.equal(torch.where(changed, place, 999).amin(1), first_open)  # the leftmost
+    toy = knowing(dict.fromkeys(KNOWN, "Premchand"))
+    toy.block_length = 8  # rows whose open places lie in different blocks share no step too few
+    assert questions.ask(loaded(toy), ITEMS, 9) == ["Premchand"] * 12
+    for before, after in zip(toy.seen, toy.seen[1:], strict=False):
+        assert ((before != after[:, : before.shape[1]]).sum(1) <= 1).all()
     for asked, n in (("Who wrote Godan?", 380), ("x" * 500, 1)):
         with pytest.raises(ValueError, match=r"question a takes \d+ tokens .* the window of .* holds 400"):
             questions.ask(loaded(toy), [item("a", asked, ["b"], "c")], n)
