@@ -18,9 +18,10 @@ import traceback
 from dataclasses import dataclass, field
 
 
-def knob(default, help, choices=None, flag=True):
-    """One configuration line. flag=False: not on the command line (the data decides it)."""
-    return field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
+def knob(default, help, choices=None, flag=True, alone=None):
+    """One configuration line. flag=False: not on the command line (the data decides it). alone: the value of a flag
+    that is given without one."""
+    return field(default=default, metadata={"help": help, "choices": choices, "flag": flag, "alone": alone})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,6 +259,33 @@ class TrainConfig:
 
 
 @dataclass
+class InstructConfig:
+    """What train_instruct.py has beside TrainConfig, whose data_dir is then a folder of rows made before."""
+
+    data: str = knob("data/instruct.jsonl", "conversations: .jsonl or .parquet files, folders, globs, comma-separated")
+    dataset: str = knob("", "instead a data set of the hub by name, or a local folder of one (needs the hub extra)")
+    dataset_config: str = knob("", "configuration of the data set, such as anudesh")
+    dataset_split: str = knob("", "split of the data set to read; empty is hi where there is one, else train")
+    columns: str = knob("", "which column is what, such as instruction=prompt,response=output; also messages, input")
+    max_examples: int = knob(10000, "conversations to take, chosen by hash, after duplicates are dropped; 0 is all")
+    val_fraction: float = knob(0.1, "share of the conversations held out for validation, by hash of the instruction")
+    mask_ratio_min: float = knob(0.0, "least hidden share of a response; only 0 to 1 is the bound")
+    mask_ratio_max: float = knob(1.0, "largest hidden share of a response; answers begin at 1")
+    loss_weight: str = knob("low_var", "as of train_diffusion.py", ("elbo", "low_var", "mix"))
+    dropout: float = knob(-1.0, "dropout on each residual branch while tuning; -1 is as --init was trained")
+
+    def __post_init__(self):
+        check(0 < self.val_fraction < 1, f"--val_fraction is {self.val_fraction}, needs 0 < val_fraction < 1")
+        check(self.max_examples >= 0, f"--max_examples is {self.max_examples}, needs to be 0 or more")
+        check(self.dropout == -1 or 0 <= self.dropout < 1, f"--dropout is {self.dropout}, needs 0 <= dropout < 1")
+        check(
+            0 <= self.mask_ratio_min < self.mask_ratio_max <= 1,
+            f"--mask_ratio_min is {self.mask_ratio_min}, --mask_ratio_max {self.mask_ratio_max}; they need "
+            "0 <= min < max <= 1",
+        )
+
+
+@dataclass
 class SampleConfig:
     ckpt: str = knob("", "a .pt file or a run folder; empty takes the newest run under checkpoints/")
     tokenizer: str = knob("", "tokenizer.model to insist on; the checkpoint carries its own")
@@ -324,6 +352,12 @@ class EvaluateConfig:
     samples: int = knob(32, "samples for the judge: each continues the first quarter of a window")
     sample_steps: int = knob(0, "forwards that write a sample; 0 is one a token")
     check: bool = knob(False, "compare with unigram and bigram models; exit 1 if not 18 % below the unigram")
+    qa: str = knob(
+        "",
+        "ask the questions of this .jsonl, and score no text; alone: those of data/qa.jsonl; eval.json gets them too",
+        alone="data/qa.jsonl",
+    )
+    answer_tokens: int = knob(32, "tokens of an answer, at most")
     output: str = knob("", "where the figures go; empty is eval.json beside the checkpoint")
     seed: int = knob(0, "seed of the masks and samples")
     device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
@@ -333,6 +367,9 @@ class EvaluateConfig:
         check(self.masks >= 1, f"--masks is {self.masks}, needs to be 1 or more")
         check(self.batch_size >= 1, f"--batch_size is {self.batch_size}, needs to be 1 or more")
         check(self.samples >= 1, f"--samples is {self.samples}, needs to be 1 or more")
+        check(self.answer_tokens >= 1, f"--answer_tokens is {self.answer_tokens}, needs to be 1 or more")
+        for name in ("against", "chain_rule", "judge", "check"):
+            check(not (self.qa and getattr(self, name)), f"--qa scores no text, which --{name} needs; run both in turn")
         for name in ("max_windows", "chain_rule", "sample_steps"):
             check(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, needs to be 0 or more")
 
@@ -515,8 +552,10 @@ def add_flags(parser, configs):
                 group.add_argument(f"--{f.name}", action="store_true", default=f.default, help=on)
                 group.add_argument(f"--no_{f.name}", dest=f.name, action="store_false", default=f.default, help=off)
             else:
+                alone = f.metadata["alone"]
+                more = {} if alone is None else dict(nargs="?", const=alone)
                 group.add_argument(
-                    f"--{f.name}", type=f.type, default=f.default, choices=f.metadata["choices"], help=help
+                    f"--{f.name}", type=f.type, default=f.default, choices=f.metadata["choices"], help=help, **more
                 )
 
 

@@ -307,7 +307,7 @@ def finished(run):
     """Whether a run was trained with just these flags to its last step, and evaluated after that."""
     old = read_json(run.out / "config.json")
     other = old.get("max_steps") != run.steps or train_diffusion.differences(old, run.fields)
-    if other or not (run.out / "eval.json").is_file():
+    if other or "bits_per_byte" not in read_json(run.out / "eval.json"):  # there is none, or of questions alone
         return False
     last = [r["step"] for r in read_metrics(run.out) if "bits_per_byte" in r][-1:]
     return last == [run.steps] and (run.out / "eval.json").stat().st_mtime >= (run.out / "latest.pt").stat().st_mtime
