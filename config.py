@@ -168,6 +168,20 @@ class AutoregressiveConfig(TransformerConfig):
 
 
 @dataclass
+class HubConfig:
+    """A model of transformers (hub.py). It is no choice of ours: hub.load fills this in, so that no network is needed
+    to build the model again. Ids here are those of transformers; -1: there is none."""
+
+    vocab_size: int = knob(0, "real tokens; MASK comes on top", flag=False)
+    max_seq_len: int = knob(0, "longest window the model accepts, without what is put around it", flag=False)
+    architecture: str = knob("", "the model's own config.json, in one line", flag=False)
+    mask: int = knob(-1, "MASK", flag=False)
+    first: int = knob(-1, "what stands before each row, such as [CLS]; BOS of a causal model", flag=False)
+    last: int = knob(-1, "what stands behind each row, such as [SEP]", flag=False)
+    block_length: int = knob(0, "it sees both sides", flag=False)
+
+
+@dataclass
 class TrainConfig:
     data_dir: str = knob("data/processed", "folder written by prepare.py")
     output_dir: str = knob("checkpoints/diffusion_hi", "run folder: config.json, metrics.jsonl and checkpoints")

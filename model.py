@@ -333,7 +333,7 @@ class GPT(LanguageModel):
 
     def token_nll(self, x0, observe=None):
         """-log p(token | all before it) of x0 (B, T): (B, T) in nats. Compiled where the model is."""
-        x0 = x0.to(self.embed.weight.device)
+        x0 = x0.to(next(self.parameters()).device)
         return diffusion.token_nll(self(x0).flatten(0, 1), x0.flatten(), observe=observe).view(x0.shape)
 
     def loss(self, x0, cfg, generator=None, **kwargs):

@@ -25,7 +25,7 @@ VARIANTS = {  # name -> kind, sizes
     "blocks": ("transformer", dict(block_length=5)),  # three, and a rest of one
 }
 each_kind = pytest.mark.parametrize("kind", [*KINDS, *VARIANTS])  # the denoisers
-each_model = pytest.mark.parametrize("kind", [*checkpoint.MODELS, *VARIANTS])
+each_model = pytest.mark.parametrize("kind", [*checkpoint.OURS, *VARIANTS])
 
 
 def build(kind, **sizes):
