@@ -48,7 +48,7 @@ class PrepareConfig:
     tokenizer: str = knob(
         "bpe",
         "bpe or unigram (SentencePiece, trained here), bytes, tiktoken:NAME such as "
-        "tiktoken:o200k_base, or the path of a trained tokenizer.model",
+        "tiktoken:o200k_base, or hub:NAME, that of a pretrained model, or the path of a trained tokenizer.model",
     )
     vocab_size: int = knob(8192, "upper limit of the SentencePiece vocabulary; a small text trains fewer pieces")
     val_fraction: float = knob(0.1, "share of the documents held out for validation, chosen by hash")
@@ -185,7 +185,11 @@ class HubConfig:
 class TrainConfig:
     data_dir: str = knob("data/processed", "folder written by prepare.py")
     output_dir: str = knob("checkpoints/diffusion_hi", "run folder: config.json, metrics.jsonl and checkpoints")
-    init: str = knob("", "begin with the averaged weights of this .pt or run, of the same kind, sizes and tokenizer")
+    init: str = knob(
+        "",
+        "begin with the averaged weights of this .pt or run, of the same kind, sizes and tokenizer; hub:NAME begins "
+        "with a pretrained model, of its own sizes",
+    )
     preset: str = knob(
         "laptop",
         "sizes to start from, flags override them: tiny 0.9M parameters (1k vocabulary), laptop 17M and base 91M (8k)",
@@ -252,7 +256,7 @@ class TrainConfig:
 
 @dataclass
 class SampleConfig:
-    ckpt: str = knob("", "a .pt file or a run folder; empty takes the newest run under checkpoints/")
+    ckpt: str = knob("", "a .pt file, a run folder or hub:NAME; empty takes the newest run under checkpoints/")
     tokenizer: str = knob("", "tokenizer.model to insist on; the checkpoint carries its own")
     prompt: str = knob(
         "",
@@ -305,7 +309,9 @@ class SampleConfig:
 
 @dataclass
 class EvaluateConfig:
-    ckpt: str = knob("", "a .pt file or a run folder, or several with commas; empty is the newest under checkpoints/")
+    ckpt: str = knob(
+        "", "a .pt file, a run folder or hub:NAME, or several with commas; empty is the newest under checkpoints/"
+    )
     against: str = knob("", "as many evaluated run folders with commas: print what --ckpt is better by, pair by pair")
     data_dir: str = knob("", "folder written by prepare.py; empty takes the one the checkpoint was trained on")
     split: str = knob("val", "split to score", ("val", "train"))
@@ -317,7 +323,11 @@ class EvaluateConfig:
     samples: int = knob(32, "samples for the judge: each continues the first quarter of a window")
     sample_steps: int = knob(0, "forwards that write a sample; 0 is one a token")
     check: bool = knob(False, "compare with unigram and bigram models; exit 1 if not 18 % below the unigram")
-    output: str = knob("", "where the figures go; empty is eval.json beside the checkpoint")
+    available: bool = knob(False, "only list open diffusion and masked language models, and which of them run here")
+    output: str = knob(
+        "",
+        "where the figures go; empty is eval.json beside the checkpoint, of hub:NAME checkpoints/hub--NAME/eval.json",
+    )
     seed: int = knob(0, "seed of the masks and samples")
     device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
     ema: bool = knob(True, "use the averaged weights")
@@ -328,6 +338,16 @@ class EvaluateConfig:
         check(self.samples >= 1, f"--samples is {self.samples}, needs to be 1 or more")
         for name in ("max_windows", "chain_rule", "sample_steps"):
             check(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, needs to be 0 or more")
+
+
+@dataclass
+class HubExportConfig:
+    """python hub.py."""
+
+    ckpt: str = knob("", "a .pt file or a run folder of a tuned hub model; empty is the newest under checkpoints/")
+    output_dir: str = knob("hub_model", "new folder for weights, tokenizer and model card")
+    license: str = knob("other", "licence of the new weights, as the hub names licences; mind that of the first model")
+    ema: bool = knob(True, "use the averaged weights")
 
 
 @dataclass

@@ -12,9 +12,14 @@ Only code of the transformers library runs, never code that a model brings along
 """
 
 import json
+import math
+import os
+import socket
 import sys
 import tempfile
 import unicodedata
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import torch
@@ -23,7 +28,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import tokenizer as tokenizers
-from config import HubConfig, check, one_line
+from config import HubConfig, HubExportConfig, check, one_line, parse, run_main
 from model import GPT, Denoiser
 
 INSTALL = "pip install transformers==5.23.0"
@@ -40,6 +45,47 @@ def library():
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
+
+
+def reachable():
+    """Whether the hub answers: its library would try for half a minute before it gives up."""
+    from huggingface_hub import constants
+
+    address = urllib.parse.urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies().get(address.scheme):
+        return not constants.HF_HUB_OFFLINE  # what a proxy reaches is not known here
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname, port), timeout=3).close()
+        return True
+    except OSError:
+        return False
+
+
+def fetch(auto, name, **kwargs):
+    """auto.from_pretrained(name), from a folder, the hub's cache or the network.
+
+    Raises FileNotFoundError if there is no such folder, else ValueError that says what is wrong.
+    """
+    folder = Path(name).is_dir()
+    if not folder and (name[:1] in "./~" or name.count("/") > 1):
+        raise FileNotFoundError(f"hub:{name}: there is no folder {name}")
+    local = folder or not reachable()
+    try:
+        return auto.from_pretrained(name, trust_remote_code=False, local_files_only=local, **kwargs)
+    except OSError as e:
+        if folder or not local:
+            raise ValueError(f"hub:{name} cannot be read ({one_line(e)[:200]})") from e
+        raise ValueError(
+            f"hub:{name}: its files are not all in the hub's cache, and there is no network; where there is: "
+            f"hf download {name}, then copy the cache or give hub:FOLDER"
+        ) from e
+    except Exception as e:  # whatever a file that is damaged, or of another library, leads to
+        if "remote_code" in str(e) or "custom code" in str(e):
+            raise ValueError(
+                f"hub:{name} brings its own code, which is never run here; --available lists others"
+            ) from e
+        raise ValueError(f"hub:{name} cannot be read ({one_line(e)[:200]})") from e
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,6 +245,8 @@ def read_tokenizer(name):
         mended = dict(strip_accents=False, keep_accents=True)
         check(not lost_marks(backend), f"hub:{name} has a tokenizer that takes marks off letters ({''.join(lost)})")
     named = {key: getattr(theirs, f"{key}_token_id") for key in ("mask", "pad", "bos", "eos", "cls", "sep", "unk")}
+    if named["mask"] is None:  # a bare tokenizer.json does not say what its special tokens are for
+        named["mask"] = next(filter(None, map(backend.token_to_id, ("[MASK]", "<mask>"))), None)
     special = {key: -1 if i is None else i for key, i in named.items()}
     special |= frame(theirs)
     with tempfile.TemporaryDirectory() as folder:
@@ -351,26 +399,11 @@ class HubGPT(GPT):
         return self.model(self.behind_bos(x), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
-def fetch(auto, name, **kwargs):
-    """auto.from_pretrained(name), its errors as one line: ValueError, which names what to do."""
-    try:
-        return auto.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except OSError as e:
-        raise ValueError(
-            f"hub:{name}: no such folder, and no such files in the hub's cache or from the network "
-            f"({one_line(e).partition('.')[0][:150]}); fetch it where there is one: hf download {name}"
-        ) from e
-    except (ValueError, KeyError) as e:
-        if "remote code" in str(e) or "custom code" in str(e):
-            raise ValueError(f"hub:{name} brings its own code, which is not run here; evaluate.py --available") from e
-        raise ValueError(f"hub:{name} cannot be read ({one_line(e)[:200]})") from e
-
-
 def load(name, device="cpu"):
     """(denoiser in eval mode, Tokenizer, kind) of a model by its name in the hub or by its folder.
 
     kind: "hub", or "hub_causal". Raises ValueError if it is not here and cannot be fetched, is neither masked nor
-    causal, needs code of its own, lacks weights, or has a tokenizer that cannot keep matras.
+    causal, needs code of its own, lacks weights of its trunk, or has a tokenizer that cannot keep matras.
     """
     transformers = library()
     theirs = fetch(transformers.AutoConfig, name)
@@ -381,7 +414,10 @@ def load(name, device="cpu"):
     auto = getattr(transformers, model_class.auto)
     model, info = fetch(auto, name, dtype=torch.float32, output_loading_info=True)
     lacking = sorted(info["missing_keys"])
-    check(not lacking, f"hub:{name} lacks weights of the language model: {', '.join(lacking[:3])}")
+    inside = [key for key in lacking if key.startswith(f"{model.base_model_prefix}.")]
+    check(not inside, f"hub:{name} lacks weights of its trunk: {', '.join(inside[:3])}")
+    if lacking:
+        print(f"warning: hub:{name} has no trained head ({', '.join(lacking[:3])}); tune it first", file=sys.stderr)
     first = next(i for i in (special["first"], special["bos"], special["eos"]) if i >= 0 or not causal)
     last, frame = -1 if causal else special["last"], 0 if causal else sum(special[k] >= 0 for k in ("first", "last"))
     described = theirs.to_dict() | dict(architectures=[type(model).__name__])
@@ -396,3 +432,150 @@ def load(name, device="cpu"):
         last=last,
     )
     return model_class(config, model).to(device).eval(), tokenizer, kind
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# back to transformers
+
+CARD = """---
+library_name: transformers
+pipeline_tag: {task}
+language: [hi, en]
+license: {license}
+---
+
+# {name}
+
+{what}, trained by masked diffusion or next-token prediction with nanoHinDi, {steps} steps, from `{init}`.
+
+    from transformers import {auto}, AutoTokenizer
+    model, tokenizer = {auto}.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")
+
+It answers in place of the mask token; many masks are filled step by step, which nanoHinDi does:
+
+    python sample_diffusion.py --ckpt hub:{name} --prompt "..."
+
+## Training
+
+    {command}
+
+Data: `{data}` (sha256 {sha}). Texts that it writes can be wrong or offensive, as those it learned from.
+
+## Evaluation
+
+{metrics}
+"""
+
+
+def save(loaded, folder, license="other", metrics=None):
+    """Write a model of the hub kinds as transformers reads it: weights, config, tokenizer, and a model card README.md.
+
+    loaded: a checkpoint.Loaded. license: of the new weights, as the hub names licences. metrics: {name: value}.
+    Raises ValueError if the model is none of transformers, or if the folder holds one already.
+    """
+    folder, run = Path(folder), loaded.config
+    check(hasattr(loaded.denoiser, "auto"), f"{loaded.path} is {loaded.kind}: transformers has no such model")
+    check(not (folder / "config.json").exists(), f"{folder} holds a model already; take another --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    loaded.denoiser.model.save_pretrained(folder)
+    for name, text in loaded.tokenizer.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    given = {
+        k: run[k] for k in ("init", "data_dir", "seq_len", "batch_size", "grad_accum", "max_steps", "lr") if k in run
+    }
+    task = "fill-mask" if loaded.denoiser.auto == HubDenoiser.auto else "text-generation"
+    card = dict(
+        task=task,
+        license=license,
+        name=folder.name,
+        what=type(loaded.denoiser.model).__name__,
+        steps=f"{loaded.step:,}",
+        init=run.get("init") or "scratch",
+        auto=loaded.denoiser.auto,
+        command=" ".join(["python train_diffusion.py", *(f"--{k} {v}" for k, v in given.items())]) if given else "none",
+        data=run.get("data_dir", "none"),
+        sha=run.get("data_sha256", "none"),
+        metrics="\n".join(f"- {k}: {v}" for k, v in (metrics or {}).items()) or "None yet.",
+    )
+    (folder / "README.md").write_text(CARD.format(**card), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what there is
+
+OWN_CODE, SHIFTED = "no: its own code", "no: predicts one place on"
+CARDS = "see its card"
+# name, millions of parameters, licence, whether hub: loads it; from the models' cards and the sizes of their files
+KNOWN = (
+    ("google/muril-base-cased", 238, "apache-2.0", "yes"),
+    ("google/muril-large-cased", 507, CARDS, "yes"),
+    ("ai4bharat/IndicBERTv2-MLM-only", 278, "mit", "yes"),
+    ("ai4bharat/indic-bert", 33, "mit", "yes"),
+    ("FacebookAI/xlm-roberta-base", 278, "mit", "yes"),
+    ("FacebookAI/xlm-roberta-large", 560, "mit", "yes"),
+    ("google-bert/bert-base-multilingual-cased", 179, "apache-2.0", "yes"),
+    ("jhu-clsp/mmBERT-small", 140, "mit", "yes"),
+    ("jhu-clsp/mmBERT-base", 307, "mit", "yes"),
+    ("answerdotai/ModernBERT-base", 150, "apache-2.0", "yes, English"),
+    ("answerdotai/ModernBERT-large", 396, "apache-2.0", "yes, English"),
+    ("kuleshov-group/mdlm-owt", 170, "apache-2.0", OWN_CODE),
+    ("kuleshov-group/bd3lm-owt-block_size16", 170, "apache-2.0", OWN_CODE),
+    ("diffusionfamily/diffugpt-s", 127, CARDS, SHIFTED),
+    ("diffusionfamily/diffugpt-m", 355, CARDS, SHIFTED),
+    ("diffusionfamily/diffullama", 6740, "apache-2.0, Llama 2", SHIFTED),
+    ("Dream-org/Dream-v0-Instruct-7B", 7620, "apache-2.0", OWN_CODE),
+    ("GSAI-ML/LLaDA-8B-Base", 8020, "mit", OWN_CODE),
+    ("GSAI-ML/LLaDA-8B-Instruct", 8020, "mit", OWN_CODE),
+    ("google/diffusiongemma-26B-A4B-it", 26000, CARDS, "no: its own sampler"),
+)
+WRITE, TUNE = (
+    {True: 4, False: 2},
+    20,
+)  # bytes a parameter: fp32, or bf16 as published; and gradient, AdamW's two, average
+
+
+def cached(name):
+    """Whether weights of a model are in the hub's cache on this machine."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface")
+    folder = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}" / "snapshots"
+    return any(any(folder.glob(f"*/{pattern}")) for pattern in ("*.safetensors", "pytorch_model*.bin"))
+
+
+def available(memory):
+    """Lines of a table of KNOWN models, for a machine that has `memory` bytes."""
+    lines = [
+        f"{'model':<42}{'parameters':>10}  {'licence':<21}{'GiB to write':>12}{'to tune':>9}  {'fits':<7}{'here':<6}hub:"
+    ]
+    for name, millions, license, loads in KNOWN:
+        ours = loads.startswith("yes")
+        write, tune = millions * 1e6 * WRITE[ours], millions * 1e6 * TUNE
+        fits = "tune" if ours and tune < 0.8 * memory else "write" if write < 0.8 * memory else "no"
+        size = f"{millions / 1000:.1f}B" if millions >= 1000 else f"{millions}M"
+        lines.append(
+            f"{name:<42}{size:>10}  {license:<21}{write / 2**30:>12.1f}{tune / 2**30 if ours else math.nan:>9.1f}"
+            f"  {fits:<7}{'yes' if cached(name) else 'no':<6}{loads}".replace("nan", "  –")
+        )
+    return [
+        *lines,
+        f"\nThis machine has {memory / 2**30:.1f} GiB; what fits takes eight tenths at most. Memory is that of weights, in",
+        "fp32 (bf16 where hub:NAME does not load them), and of gradients, AdamW and average to tune; activations come on",
+        "top. hf download NAME fetches one. Code that a model brings along is never run: it needs its own repository.",
+    ]
+
+
+def main():
+    import checkpoint
+
+    (cfg,) = parse(__doc__, HubExportConfig)
+    loaded = checkpoint.load(cfg.ckpt or checkpoint.newest_run(), "cpu", cfg.ema)
+    scores, metrics = loaded.path.parent / "eval.json", {}
+    if scores.is_file():
+        result = json.loads(scores.read_text("utf-8"))
+        names = ("bits_per_byte", "nats_per_token")
+        metrics = {n: f"{result[n]['mean']:.4f} ± {result[n]['standard_error']:.4f}" for n in names if n in result}
+    save(loaded, cfg.output_dir, cfg.license, metrics)
+    print(f"wrote {cfg.output_dir}: {loaded.denoiser.auto}.from_pretrained opens it, and --ckpt hub:{cfg.output_dir}")
+
+
+if __name__ == "__main__":
+    run_main(main)

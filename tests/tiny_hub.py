@@ -69,7 +69,9 @@ def make(family, folder):
         ids = dict(pad_token_id=0, bos_token_id=2, eos_token_id=3)
         config = hf.AlbertConfig(vocab_size=len(tok), embedding_size=24, **SIZES, **positions, **ids)
     elif family == "xlmr":
-        tok = hf.XLMRobertaTokenizer(vocab=unigram("<s>", "<pad>", "</s>", "<unk>", "<mask>"))
+        tok = hf.XLMRobertaTokenizer(
+            vocab=[*unigram("<s>", "<pad>", "</s>", "<unk>"), ("<mask>", 0.0)]
+        )  # the last id, as there
         config = hf.XLMRobertaConfig(
             vocab_size=len(tok), pad_token_id=1, bos_token_id=0, eos_token_id=2, **SIZES, **positions
         )
