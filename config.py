@@ -192,8 +192,9 @@ class TrainConfig:
     )
     preset: str = knob(
         "laptop",
-        "sizes to start from, flags override them: tiny 0.9M parameters (1k vocabulary), laptop 17M and base 91M (8k)",
-        ("tiny", "laptop", "base"),
+        "sizes to start from, flags override them: tiny 0.9M parameters (1k vocabulary), laptop 17M and base 91M (8k); "
+        "hub: settings to tune a pretrained model",
+        ("tiny", "laptop", "base", "hub"),
     )
     seq_len: int = knob(512, "tokens a window")
     batch_size: int = knob(4, "windows a forward, per process")
@@ -486,6 +487,15 @@ PRESETS = {
         grad_accum=4,
         max_steps=50000,
         lr=1e-3,
+    ),
+    "hub": dict(
+        seq_len=256,
+        batch_size=4,
+        grad_accum=8,
+        optimizer="adamw",
+        lr=2e-4,
+        weight_decay=0.01,
+        activation_checkpointing=True,
     ),
 }
 

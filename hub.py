@@ -34,6 +34,8 @@ from model import GPT, Denoiser
 INSTALL = "pip install transformers==5.23.0"
 LONGEST = 1024  # tokens of a window, at most, where the model itself would take more
 NO_TEXT = "\ufdd0"  # a noncharacter: never in text, so that nothing typed becomes a special token
+USUAL = dict(mask=("[MASK]", "<mask>"), pad=("[PAD]", "<pad>"), unk=("[UNK]", "<unk>"))
+USUAL |= dict(cls=("[CLS]", "<s>"), sep=("[SEP]", "</s>"))
 PROBE = "मैं हूँ। किताबें पढ़ूँगी, कृपया दुःख और हिन्दी कौन सीखेगा? चाँद की ओर, ज़मीन पर पैसे दो, ऋषि औरत को बुलाओ।"
 
 
@@ -245,15 +247,19 @@ def read_tokenizer(name):
         mended = dict(strip_accents=False, keep_accents=True)
         check(not lost_marks(backend), f"hub:{name} has a tokenizer that takes marks off letters ({''.join(lost)})")
     named = {key: getattr(theirs, f"{key}_token_id") for key in ("mask", "pad", "bos", "eos", "cls", "sep", "unk")}
-    if named["mask"] is None:  # a bare tokenizer.json does not say what its special tokens are for
-        named["mask"] = next(filter(None, map(backend.token_to_id, ("[MASK]", "<mask>"))), None)
+    for key, usual in USUAL.items():  # a bare tokenizer.json does not say what its special tokens are for
+        if named[key] is None and (key == "mask" or named["mask"] is not None):
+            named[key] = next((i for i in map(backend.token_to_id, usual) if i is not None), None)
     special = {key: -1 if i is None else i for key, i in named.items()}
     special |= frame(theirs)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         backend.save(f"{folder}/tokenizer.json")
-        settings = json.loads(Path(folder, "tokenizer_config.json").read_text("utf-8")) | mended
-        Path(folder, "tokenizer_config.json").write_text(json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
+        path = Path(folder, "tokenizer_config.json")
+        settings = json.loads(path.read_text("utf-8")) | mended
+        for key in ("is_local", "local_files_only", "name_or_path", "trust_remote_code"):  # not the tokenizer's own
+            settings.pop(key, None)
+        path.write_text(json.dumps(settings, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         files = {
             p.name: p.read_text("utf-8") for p in sorted(Path(folder).iterdir()) if p.suffix in (".json", ".jinja")
         }
@@ -314,14 +320,16 @@ class HubDenoiser(Denoiser):
 
     @property
     def activation_checkpointing(self):
-        return self.model.is_gradient_checkpointing
+        return self.model.is_activation_checkpointing
 
     @activation_checkpointing.setter
     def activation_checkpointing(self, on):
+        name = type(self.model).__name__
+        check(not on or self.model.supports_gradient_checkpointing, f"{name} knows no --activation_checkpointing")
         if on:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
-        elif self.model.is_gradient_checkpointing:
-            self.model.gradient_checkpointing_disable()
+            self.model.activation_checkpointing_enable()
+        elif self.model.is_activation_checkpointing:
+            self.model.activation_checkpointing_disable()
 
     def pick(self, module, args, output):
         """Hidden states (B, S, C) → (1, N, C): the head sees only what is asked for, whatever it is made of."""
@@ -395,7 +403,8 @@ class HubGPT(GPT):
 
     def extend(self, x, cache, start):
         """Logits (B, V) of the token behind x (B, N), which joins `cache` behind its first `start`."""
-        cache.crop(start)
+        if cache.get_seq_length() > start:
+            cache.crop(start - cache.get_seq_length())
         return self.model(self.behind_bos(x), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
@@ -544,7 +553,7 @@ def cached(name):
 def available(memory):
     """Lines of a table of KNOWN models, for a machine that has `memory` bytes."""
     lines = [
-        f"{'model':<42}{'parameters':>10}  {'licence':<21}{'GiB to write':>12}{'to tune':>9}  {'fits':<7}{'here':<6}hub:"
+        f"{'model':<42}{'size':>7}  {'licence':<21}{'GiB to write':>12}{'to tune':>9}  {'fits':<7}{'here':<6}hub:NAME"
     ]
     for name, millions, license, loads in KNOWN:
         ours = loads.startswith("yes")
@@ -552,14 +561,15 @@ def available(memory):
         fits = "tune" if ours and tune < 0.8 * memory else "write" if write < 0.8 * memory else "no"
         size = f"{millions / 1000:.1f}B" if millions >= 1000 else f"{millions}M"
         lines.append(
-            f"{name:<42}{size:>10}  {license:<21}{write / 2**30:>12.1f}{tune / 2**30 if ours else math.nan:>9.1f}"
+            f"{name:<42}{size:>7}  {license:<21}{write / 2**30:>12.1f}{tune / 2**30 if ours else math.nan:>9.1f}"
             f"  {fits:<7}{'yes' if cached(name) else 'no':<6}{loads}".replace("nan", "  –")
         )
     return [
         *lines,
-        f"\nThis machine has {memory / 2**30:.1f} GiB; what fits takes eight tenths at most. Memory is that of weights, in",
-        "fp32 (bf16 where hub:NAME does not load them), and of gradients, AdamW and average to tune; activations come on",
-        "top. hf download NAME fetches one. Code that a model brings along is never run: it needs its own repository.",
+        "",
+        f"This machine has {memory / 2**30:.1f} GiB, of which eight tenths are counted on. Memory is of weights: fp32, or",
+        "bf16 where hub:NAME does not load them; and to tune, of gradients, AdamW and average. Activations come on top.",
+        "hf download NAME fetches one. Code that a model brings along is never run: it needs its own repository.",
     ]
 
 
