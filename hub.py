@@ -501,7 +501,11 @@ def save(loaded, folder, license="other", metrics=None):
         steps=f"{loaded.step:,}",
         init=run.get("init") or "scratch",
         auto=loaded.denoiser.auto,
-        command=" ".join(["python train_diffusion.py", *(f"--{k} {v}" for k, v in given.items())]) if given else "none",
+        command=" ".join(
+            [f"python {run.get('script', 'train_diffusion.py')}", *(f"--{k} {v}" for k, v in given.items())]
+        )
+        if given
+        else "none",
         data=run.get("data_dir", "none"),
         sha=run.get("data_sha256", "none"),
         metrics="\n".join(f"- {k}: {v}" for k, v in (metrics or {}).items()) or "None yet.",
@@ -567,8 +571,8 @@ def available(memory):
     return [
         *lines,
         "",
-        f"This machine has {memory / 2**30:.1f} GiB, of which eight tenths are counted on. Memory is of weights: fp32, or",
-        "bf16 where hub:NAME does not load them; and to tune, of gradients, AdamW and average. Activations come on top.",
+        f"This machine has {memory / 2**30:.1f} GiB; eight tenths are counted on. Memory is that of weights, fp32",
+        "(bf16 where hub:NAME loads nothing), and to tune, of gradients, AdamW and average. Activations come on top.",
         "hf download NAME fetches one. Code that a model brings along is never run: it needs its own repository.",
     ]
 
