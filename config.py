@@ -49,7 +49,7 @@ class PrepareConfig:
     tokenizer: str = knob(
         "bpe",
         "bpe or unigram (SentencePiece, trained here), bytes, tiktoken:NAME such as "
-        "tiktoken:o200k_base, or the path of a trained tokenizer.model",
+        "tiktoken:o200k_base, or hub:NAME, that of a pretrained model, or the path of a trained tokenizer.model",
     )
     vocab_size: int = knob(8192, "upper limit of the SentencePiece vocabulary; a small text trains fewer pieces")
     val_fraction: float = knob(0.1, "share of the documents held out for validation, chosen by hash")
@@ -190,14 +190,33 @@ class AutoregressiveConfig(TransformerConfig):
 
 
 @dataclass
+class HubConfig:
+    """A model of transformers (hub.py). It is no choice of ours: hub.load fills this in, so that no network is needed
+    to build the model again. Ids here are those of transformers; -1: there is none."""
+
+    vocab_size: int = knob(0, "real tokens; MASK comes on top", flag=False)
+    max_seq_len: int = knob(0, "longest window the model accepts, without what is put around it", flag=False)
+    architecture: str = knob("", "the model's own config.json, in one line", flag=False)
+    mask: int = knob(-1, "MASK", flag=False)
+    first: int = knob(-1, "what stands before each row, such as [CLS]; BOS of a causal model", flag=False)
+    last: int = knob(-1, "what stands behind each row, such as [SEP]", flag=False)
+    block_length: int = knob(0, "it sees both sides", flag=False)
+
+
+@dataclass
 class TrainConfig:
     data_dir: str = knob("data/processed", "folder written by prepare.py")
     output_dir: str = knob("checkpoints/diffusion_hi", "run folder: config.json, metrics.jsonl and checkpoints")
-    init: str = knob("", "begin with the averaged weights of this .pt or run, of the same kind, sizes and tokenizer")
+    init: str = knob(
+        "",
+        "begin with the averaged weights of this .pt or run, of the same kind, sizes and tokenizer; hub:NAME begins "
+        "with a pretrained model, of its own sizes",
+    )
     preset: str = knob(
         "laptop",
-        "sizes to start from, flags override them: tiny 0.9M parameters (1k vocabulary), laptop 17M and base 91M (8k)",
-        ("tiny", "laptop", "base"),
+        "sizes to start from, flags override them: tiny 0.9M parameters (1k vocabulary), laptop 17M and base 91M (8k); "
+        "hub: settings to tune a pretrained model",
+        ("tiny", "laptop", "base", "hub"),
     )
     seq_len: int = knob(512, "tokens a window")
     batch_size: int = knob(4, "windows a forward, per process")
@@ -287,7 +306,7 @@ class InstructConfig:
 
 @dataclass
 class SampleConfig:
-    ckpt: str = knob("", "a .pt file or a run folder; empty takes the newest run under checkpoints/")
+    ckpt: str = knob("", "a .pt file, a run folder or hub:NAME; empty takes the newest run under checkpoints/")
     tokenizer: str = knob("", "tokenizer.model to insist on; the checkpoint carries its own")
     prompt: str = knob(
         "",
@@ -340,7 +359,9 @@ class SampleConfig:
 
 @dataclass
 class EvaluateConfig:
-    ckpt: str = knob("", "a .pt file or a run folder, or several with commas; empty is the newest under checkpoints/")
+    ckpt: str = knob(
+        "", "a .pt file, a run folder or hub:NAME, or several with commas; empty is the newest under checkpoints/"
+    )
     against: str = knob("", "as many evaluated run folders with commas: print what --ckpt is better by, pair by pair")
     data_dir: str = knob("", "folder written by prepare.py; empty takes the one the checkpoint was trained on")
     split: str = knob("val", "split to score", ("val", "train"))
@@ -358,7 +379,11 @@ class EvaluateConfig:
         alone="data/qa.jsonl",
     )
     answer_tokens: int = knob(32, "tokens of an answer, at most")
-    output: str = knob("", "where the figures go; empty is eval.json beside the checkpoint")
+    available: bool = knob(False, "only list open diffusion and masked language models, and which of them run here")
+    output: str = knob(
+        "",
+        "where the figures go; empty is eval.json beside the checkpoint, of hub:NAME checkpoints/hub--NAME/eval.json",
+    )
     seed: int = knob(0, "seed of the masks and samples")
     device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
     ema: bool = knob(True, "use the averaged weights")
@@ -372,6 +397,16 @@ class EvaluateConfig:
             check(not (self.qa and getattr(self, name)), f"--qa scores no text, which --{name} needs; run both in turn")
         for name in ("max_windows", "chain_rule", "sample_steps"):
             check(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, needs to be 0 or more")
+
+
+@dataclass
+class HubExportConfig:
+    """python hub.py."""
+
+    ckpt: str = knob("", "a .pt file or a run folder of a tuned hub model; empty is the newest under checkpoints/")
+    output_dir: str = knob("hub_model", "new folder for weights, tokenizer and model card")
+    license: str = knob("other", "licence of the new weights, as the hub names licences; mind that of the first model")
+    ema: bool = knob(True, "use the averaged weights")
 
 
 @dataclass
@@ -517,6 +552,15 @@ PRESETS = {
         grad_accum=4,
         max_steps=50000,
         lr=1e-3,
+    ),
+    "hub": dict(
+        seq_len=256,
+        batch_size=4,
+        grad_accum=8,
+        optimizer="adamw",
+        lr=2e-4,
+        weight_decay=0.01,
+        activation_checkpointing=True,
     ),
 }
 

@@ -22,13 +22,14 @@ import torch
 import checkpoint
 import dataset
 import diffusion
+import hub
 import ngram
 import quality
 import questions
 import sampling
 from config import EvaluateConfig, check, one_line, parse, run_main
 from intervals import paired, ratio
-from machine import pick_device
+from machine import pick_device, total_memory
 
 BINS = 10
 ORDERS = {"left_to_right": None, "own_order": sampling.STRATEGIES["confidence"]}  # of the chain rule
@@ -350,16 +351,22 @@ def run(cfg):
     """
     loaded = checkpoint.load(cfg.ckpt or checkpoint.newest_run(), pick_device(cfg.device), cfg.ema)
     tokenizer = loaded.tokenizer
-    output = Path(cfg.output) if cfg.output else loaded.path.parent / "eval.json"
+    folder = loaded.path.parent
+    if str(loaded.path).startswith("hub:") and not cfg.output:
+        folder = Path("checkpoints", str(loaded.path).replace("hub:", "hub--").strip("/").replace("/", "--"))
+        folder.mkdir(parents=True, exist_ok=True)
+    output = Path(cfg.output) if cfg.output else folder / "eval.json"
     check(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}")
     which = {"checkpoint": str(loaded.path), "step": loaded.step, "kind": loaded.kind, "ema": cfg.ema}
     if cfg.qa:
         return ask(cfg, loaded, output, which)
-    data = dataset.load(cfg.data_dir or loaded.config["data_dir"])
+    data_dir = cfg.data_dir or loaded.config.get("data_dir")
+    check(data_dir, f"{loaded.path} was not trained here: --data_dir says what to score")
+    data, its_own = dataset.load(data_dir), f"; prepare.py --tokenizer {loaded.path}" if loaded.step == 0 else ""
     check(
         data.meta["tokenizer"]["sha256"] == tokenizer.sha256,
-        f"{cfg.data_dir or loaded.config['data_dir']} was made with another tokenizer "
-        f"({data.meta['tokenizer']['sha256'][:12]}) than {loaded.path} ({tokenizer.sha256[:12]})",
+        f"{data_dir} was made with another tokenizer "
+        f"({data.meta['tokenizer']['sha256'][:12]}) than {loaded.path} ({tokenizer.sha256[:12]}){its_own}",
     )
     check(
         not (cfg.chain_rule and hasattr(loaded.denoiser, "nll")),
@@ -420,6 +427,9 @@ def run(cfg):
 
 def main():
     (cfg,) = parse(__doc__, EvaluateConfig)
+    if cfg.available:
+        print("\n".join(hub.available(total_memory(pick_device(cfg.device)))))
+        return
     names = [name.strip() for name in cfg.ckpt.split(",")]
     folders = [Path(name.strip()) for name in cfg.against.split(",") if name.strip()]
     check(all(names) or len(names) == 1, f"--ckpt {cfg.ckpt!r} names nothing between two commas")

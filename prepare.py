@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import hub
 import tokenizer as tokenizers
 from config import PrepareConfig, parse, run_main
 from romanize import romanize
@@ -349,8 +350,12 @@ def make_tokenizer(cfg, texts):
         return tokenizers.Bytes()
     if cfg.tokenizer.startswith("tiktoken:"):
         return tokenizers.from_tiktoken(cfg.tokenizer.removeprefix("tiktoken:"))
+    if cfg.tokenizer.startswith("hub:"):
+        return hub.read_tokenizer(cfg.tokenizer.removeprefix("hub:"))
     if not Path(cfg.tokenizer).is_file():
-        raise FileNotFoundError(f"--tokenizer: {cfg.tokenizer} is no file, nor bpe, unigram, bytes or tiktoken:NAME")
+        raise FileNotFoundError(
+            f"--tokenizer: {cfg.tokenizer} is no file, nor bpe, unigram, bytes, tiktoken:NAME or hub:NAME"
+        )
     return tokenizers.load(cfg.tokenizer)
 
 

@@ -105,7 +105,7 @@ def continued(loaded, rows, given, steps=0, seed=0, batch_size=32):
     """
     model, ids, T = loaded.denoiser, loaded.tokenizer, rows.shape[1]
     x = rows.masked_fill(torch.arange(T) >= given, model.mask_id).to(next(model.parameters()).device)
-    drawing = dict(temperature=1.0, forbid=[ids.pad_id, ids.bos_id, ids.unk_id])
+    drawing = dict(temperature=1.0, forbid=ids.never)
     drawing["generator"] = torch.Generator().manual_seed(seed)
     if hasattr(model, "extend"):
         how, write = dict(strategy="left_to_right", steps=T - given), functools.partial(sampling.write, model)

@@ -114,7 +114,7 @@ def generate(loaded, prompts, cfg, on_step=None):
             rows += options
     x, lengths = right_padded(rows, tokenizer.pad_id, next(denoiser.parameters()).device)
     given, log_p, steps = x != denoiser.mask_id, torch.zeros(x.shape, device=x.device), []
-    never = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id]
+    never = [*tokenizer.never]
     if blanks:
         never.append(tokenizer.eos_id)  # it has no text: a blank would show fewer tokens than it was given
     start, seconds = time.perf_counter(), []

@@ -115,6 +115,8 @@ def begin_with(path, kind, sizes, tokenizer):
     old, new = (dataclasses.asdict(c) | dict(block_length=0, dropout=0) for c in (other.denoiser.config, sizes))
     old |= dict(kind=other.kind, tokenizer=other.tokenizer.sha256[:12])
     new |= dict(kind=kind, tokenizer=tokenizer.sha256[:12])
+    if kind not in checkpoint.OURS:  # its positions reach further, whatever window is asked for
+        old["max_seq_len"] = new["max_seq_len"]
     fields = ", ".join(f"{k} {old.get(k)!r}, here {v!r}" for k, v in new.items() if old.get(k) != v)
     check(not fields, f"--init {path} cannot begin this run: {fields}")
     return other.denoiser.state_dict()
@@ -144,6 +146,9 @@ def train(kind, mask, sizes, run, quiet=False):
     if run.threads:
         torch.set_num_threads(run.threads)
     say = (lambda *a: None) if quiet or not first else (lambda *a: tqdm.write(" ".join(map(str, a))))
+    if run.init.startswith("hub:"):  # a pretrained model brings its kind and sizes
+        pretrained = checkpoint.load(run.init)
+        kind, sizes = pretrained.kind, pretrained.denoiser.config
 
     # --- data: x0 comes from train.bin through dataset.batch, or, of chats, dataset.rows_of_chats, nowhere else
     data = dataset.load(run.data_dir)
