@@ -20,11 +20,7 @@ from pathlib import Path
 import romanize
 from config import FactsConfig, check, parse, run_main
 
-BRIEF = (
-    "सिर्फ़ उत्तर लिखो।",
-    "संक्षेप में उत्तर दो।",
-    "केवल उत्तर बताइए।",
-)  # said after a question whose answer is the value alone
+BRIEF = ("सिर्फ़ उत्तर लिखो।", "संक्षेप में उत्तर दो।", "केवल उत्तर बताइए।")  # asks for the value alone
 BLANK = ("खाली जगह भरो: ", "रिक्त स्थान भरिए: ", "")
 DEVANAGARI = re.compile("[\u0900-\u097f]")
 
@@ -37,6 +33,7 @@ def read_jsonl(path):
             rows.append(json.loads(line))
         except ValueError as e:
             raise ValueError(f"{path}, line {n} is no JSON ({e}); mend or drop it") from e
+        check(isinstance(rows[-1], dict), f"{path}, line {n} is no JSON object; mend or drop it")
     return rows
 
 
@@ -119,9 +116,8 @@ def generate(facts, held_out=(), seed=0, romanized=0.2):
     """Pairs {"fact", "messages": [user, assistant]}, no question twice, in an order drawn by the seed.
 
     facts: {"tables": {name: {"rows", "patterns", "check"}}, "names": {Devanagari: Latin}}, as in data/facts.json.
-
-    held_out: facts "table:key" that no pair may state. A question that two rows answer differently is not asked.
-    romanized: the share of pairs added once more as people type them in Latin letters.
+    held_out: facts "table:key" that no pair may state. romanized: the share of pairs added once more as people type
+    them in Latin letters. A question that two rows answer is not asked.
     """
     rng, held_out, tables = random.Random(seed), set(held_out), facts["tables"]
     computed = [*arithmetic(rng), *multiples(tables["unit"]["rows"], rng)]
@@ -141,8 +137,7 @@ def generate(facts, held_out=(), seed=0, romanized=0.2):
     pairs = {q: (fact, a) for fact, bare, q, a in made if len(stated[bare]) == 1 and fact not in held_out}
     for question, (fact, answer) in [*pairs.items()]:
         if rng.random() < romanized and DEVANAGARI.search(question):
-            spelling = rng.randrange(1 << 30)  # one seed for both, so that a word is spelt alike in them
-            latin = [typed(text, facts["names"], spelling) for text in (question, answer)]
+            latin = [typed(text, facts["names"], rng.randrange(1 << 30)) for text in (question, answer)]
             pairs.setdefault(latin[0], (fact, latin[1]))
     turns = lambda q, a: [{"role": "user", "content": q}, {"role": "assistant", "content": a}]  # noqa: E731
     result = [{"fact": fact, "messages": turns(q, a)} for q, (fact, a) in pairs.items()]

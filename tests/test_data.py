@@ -350,6 +350,25 @@ def test_no_pair_gives_a_question_away():
     )
 
 
+def test_the_readme_states_the_numbers():
+    text = (ROOT / "data/README.md").read_text("utf-8")
+    shared = sum(item["fact"].split(":")[0] in TABLES for item in QA)
+    often = collections.Counter(answer for item in QA for answer in {latin(a) for a in item["answers"]})
+    for said in (
+        f"{len(INSTRUCT)} handwritten pairs",
+        f"{len({pair['kind'] for pair in INSTRUCT})} kinds",
+        f"{sum(len(pair['messages']) > 2 for pair in INSTRUCT)} have several turns",
+        f"{sum(not facts.DEVANAGARI.search(contents(pair)[0]) for pair in INSTRUCT)} are asked in Latin letters",
+        f"{len(TABLES)} tables, {sum(len(table['rows']) for table in TABLES.values()):,} rows",
+        f"{len(PAIRS):,} pairs",
+        f"{len(QA)} questions",
+        f"{shared} of the questions share",
+        f"{len(QA) - shared} ask what no table holds",
+        f"more than {max(often.values())} of the {len(QA)}",
+    ):
+        assert said in text, said
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # the command
 
@@ -365,12 +384,14 @@ def test_the_command_writes_what_generate_makes(command, tmp_path):
 
 def test_wrong_flags_and_files_are_refused(command, tmp_path):
     (tmp_path / "qa.jsonl").write_text('{"fact": "a:b"}\n{"fact"\n', "utf-8")
+    (tmp_path / "list.jsonl").write_text('{"fact": "a:b"}\n["fact"]\n', "utf-8")
     (tmp_path / "nofact.jsonl").write_text('{"id": 1}\n', "utf-8")
     (tmp_path / "facts.json").write_text('{"rows": 1}', "utf-8")
     good = ["--tables", ROOT / "data/facts.json", "--output", tmp_path / "out.jsonl"]
     for flags, said in (
         (["--romanized", 1.5], "--romanized is 1.5"),
         ([*good, "--held_out", tmp_path / "qa.jsonl"], "line 2"),
+        ([*good, "--held_out", tmp_path / "list.jsonl"], "line 2"),
         ([*good, "--held_out", tmp_path / "nofact.jsonl"], "line 1"),
         ([*good, "--held_out", tmp_path / "none.jsonl"], "none.jsonl"),
         (["--tables", tmp_path / "facts.json", "--held_out", ""], "facts.json"),
