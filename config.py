@@ -72,6 +72,18 @@ class PrepareConfig:
 
 
 @dataclass
+class FactsConfig:
+    output: str = knob("data/facts/train.jsonl", "file that receives the pairs, one JSON object a line")
+    tables: str = knob("data/facts.json", "tables of facts")
+    held_out: str = knob("data/qa.jsonl", "questions whose facts are left out, one JSON object a line; empty: none is")
+    romanized: float = knob(0.2, "share of the pairs added once more in romanised Hindi, as people type it")
+    seed: int = knob(0, "seed of wordings, arithmetic, spellings and order")
+
+    def __post_init__(self):
+        check(0 <= self.romanized <= 1, f"--romanized is {self.romanized}, needs 0 <= romanized <= 1")
+
+
+@dataclass
 class MaskConfig:
     """The forward process and the weight of the training loss (docs/DIFFUSION_MODEL_DETAILED.md)."""
 
