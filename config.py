@@ -272,7 +272,8 @@ class SampleConfig:
         "text to continue; ___ is a blank of 1 to 8 tokens (fewer if there are many), ___5___ one of five; several "
         "prompts are separated by ||; empty writes freely",
     )
-    max_new_tokens: int = knob(64, "tokens to write after the prompt; a prompt with blanks gets none")
+    chat: bool = knob(False, "talk with a tuned model: it answers --prompt, or what is typed, line by line")
+    max_new_tokens: int = knob(64, "tokens to write after the prompt, at most; a prompt with blanks gets none")
     steps: int = knob(64, "denoising steps, each one forward: fewer are faster and worse; at most one an open position")
     strategy: str = knob(
         "confidence",
