@@ -9,6 +9,7 @@ import re
 import select
 import shutil
 import signal
+import sys
 import time
 from types import SimpleNamespace
 
@@ -31,6 +32,7 @@ import evaluate
 import sample_diffusion
 import tokenizer as tokenizers
 import train_instruct
+from model import Transformer
 
 KINDS = list(checkpoint.MODELS)
 BYTES = tokenizers.Bytes()
@@ -89,7 +91,7 @@ def model(data):
     return tokenizers.load(data / "tokenizer.model")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(TURNS)
 def test_no_content_forges_a_turn(model, contents):
     """As many turns as were given stand in the ids, in their order, whatever they say; and what they say is kept."""
@@ -164,8 +166,8 @@ def test_the_bound_on_answers_by_enumeration(tilt):
     for n in (0, 1, 2, 3):
         exact, expected = conditional(x0, n), by_masks(oracle(MARKOV, tilt), x0, n)
         denoiser.seen.clear()
-        draws = torch.stack([diffusion.bound(denoiser, x0, seeded(s), given=torch.full((len(x0),), n))
-                             for s in range(600)])  # fmt: skip
+        many = x0.repeat(600, 1)
+        draws = diffusion.bound(denoiser, many, seeded(n), given=torch.full((len(many),), n)).view(600, -1)
         assert not any((seen[:, :n] == V).any() or not (seen[:, n:] == V).any(1).all() for seen in denoiser.seen)
         z = (draws.mean() - expected.mean()) / (draws.mean(1).std() / 600**0.5 + 1e-9)
         assert abs(z) < 4 or torch.allclose(draws.mean(1).double(), expected.mean(), atol=1e-5)
@@ -212,9 +214,10 @@ def test_the_training_loss_is_the_bound_of_every_answers_token():
     answer = torch.tensor([[0, 2], [1, 4], [2, 3], [3, 4]])
     cfg = config.MaskConfig(loss_weight="elbo")
     expected = sum(by_masks(denoiser, x0[[i]], n) * (4 - n) for i, n in enumerate(range(4))) / (4 + 3 + 2 + 1)
-    losses = [float(diffusion.training_loss(denoiser, x0, cfg, seeded(s), answer=answer)) for s in range(1500)]
+    many = x0.repeat(10, 1), answer.repeat(10, 1)
+    losses = [float(diffusion.training_loss(denoiser, many[0], cfg, seeded(s), answer=many[1])) for s in range(100)]
     losses = torch.tensor(losses, dtype=torch.float64)
-    assert abs(losses.mean() - expected) < 4 * losses.std() / 1500**0.5
+    assert abs(losses.mean() - expected) < 4 * losses.std() / 100**0.5 < 0.1
     for name in ("elbo", "low_var"):
         cfg = config.MaskConfig(loss_weight=name)
         whole = diffusion.training_loss(denoiser, x0, cfg, seeded(7), answer=answer)
@@ -222,7 +225,7 @@ def test_the_training_loss_is_the_bound_of_every_answers_token():
                  for i in range(2)]  # fmt: skip
         torch.testing.assert_close(sum(parts) / 2, whole)
     blocks = build("transformer", vocab_size=3, max_seq_len=4, block_length=2)
-    assert math.isfinite(blocks.loss(x0, cfg, seeded(), answer=answer))
+    assert blocks.loss(x0, cfg, seeded(), answer=answer).isfinite()
     one = build("transformer", vocab_size=3, max_seq_len=4, block_length=1)  # the exact likelihood of the answers
     x, logp = x0, []
     for i, n in enumerate(range(4)):
@@ -296,7 +299,7 @@ def chats(pairs=ITEMS):
     return [dict(messages=[user(q), assistant(a)], kind="arithmetic") for q, a in pairs]
 
 
-def made(folder, T=64, tokenizer=BYTES, **knobs):
+def made(folder, T=96, tokenizer=BYTES, **knobs):
     train_instruct.make_data(config.InstructConfig(**knobs), tokenizer, T, folder)
     return dataset.load(folder)
 
@@ -368,7 +371,7 @@ def test_rows_end_in_eos_and_conversations_are_cut_at_turns(tmp_path):
     """Each answer is a row; where all does not fit, the oldest exchanges go; what fits in no way is counted."""
     long = [user("एक"), assistant("दो"), user("तीन"), assistant("चार"), user("पाँच"), assistant("छह" * 3), user("?")]
     rows = [dict(messages=long), dict(messages=[user("क" * 30), assistant("ख")]), *chats()]
-    data = made(tmp_path / "rows", T=96, data=str(jsonl(tmp_path / "a.jsonl", rows)), val_fraction=0.3)
+    data = made(tmp_path / "rows", data=str(jsonl(tmp_path / "a.jsonl", rows)), val_fraction=0.3)
     got = everything(data)
     for part in ("train", "val"):
         for _, answer, rest in texts(data, part):
@@ -410,7 +413,7 @@ def test_each_row_comes_once_an_epoch_and_brings_its_answer(tmp_path):
     for step in range(2):
         x0, answer = dataset.rows_of_chats(data, range(n), n, seed=1, step=step)
         for row, (a, b) in zip(x0.tolist(), answer.tolist(), strict=True):
-            assert row[b - 1 :] == [BYTES.eos_id] * (65 - b) and BYTES.decode(row[:a]).endswith("उत्तर:")
+            assert row[b - 1 :] == [BYTES.eos_id] * (97 - b) and BYTES.decode(row[:a]).endswith("उत्तर:")
         seen.append([tuple(row) for row in x0.tolist()])
     assert sorted(seen[0]) == sorted(seen[1]) != seen[0] and len(set(seen[0])) == n
     parts = [dataset.rows_of_chats(data, range(i, i + 4), 12, 1, 5) for i in (0, 4, 8)]
@@ -423,7 +426,7 @@ def test_a_damaged_folder_is_refused(tmp_path):
     data = made(tmp_path / "d", data=str(jsonl(tmp_path / "a.jsonl", chats())))
     meta = (tmp_path / "d" / "meta.json").read_text("utf-8")
     good = json.loads(meta)["splits"]["train"]["answers"]
-    for bad in (good[:-1], [[b, a] for a, b in good], [[a, 65] for a, _ in good], None, [["x", 3]], [[1, 2, 3]]):
+    for bad in (good[:-1], [[b, a] for a, b in good], [[a, 97] for a, _ in good], None, [["x", 3]], [[1, 2, 3]]):
         changed = json.loads(meta)
         changed["splits"]["train"]["answers"] = bad
         (tmp_path / "d" / "meta.json").write_text(json.dumps(changed), "utf-8")
@@ -491,7 +494,7 @@ def test_four_facts_are_learned_by_heart(command, data, tmp_path):
         train(data, tmp_path / kind, *sizes, kind=kind)
         out = tmp_path / f"{kind}_chat"
         argv = ["--init", tmp_path / kind, "--data", rows, "--output_dir", out, *SMALL, "--val_fraction", 1e-9,
-                "--max_steps", 250, "--eval_interval", 0, "--save_interval", 250, "--seed", 3]  # fmt: skip
+                "--max_steps", 200, "--eval_interval", 0, "--save_interval", 200]  # fmt: skip
         result = command("train_instruct", *argv)
         assert result.code == 0, result.err
         loaded = checkpoint.load(out)
@@ -585,9 +588,9 @@ def test_bad_files_and_flags_are_refused(command, bases, tmp_path, items):
     }.items():
         result = command("train_instruct", *start, "--data", items, *flags)
         assert result.code == 2 and words in result.error()
-    made(tmp_path / "rows", T=32, data=str(items))
+    made(tmp_path / "rows", T=80, data=str(items))
     result = command("train_instruct", *start, "--data_dir", tmp_path / "rows")
-    assert result.code == 2 and "holds rows of 32" in result.error()
+    assert result.code == 2 and "holds rows of 80" in result.error()
 
 
 def test_what_is_not_a_run_of_ours_is_a_model_of_the_hub(tmp_path, trained):
@@ -612,7 +615,7 @@ def test_the_oldest_turns_are_forgotten(talker, monkeypatch):
     prompts, generate = [], sample_diffusion.generate
     monkeypatch.setattr(sample_diffusion, "generate", lambda *a: prompts.append(a[1][0]) or generate(*a))
     cfg = config.SampleConfig(max_new_tokens=16, steps=2)
-    turns = [user("1"), assistant("2"), user("3"), assistant("4"), user("5")]
+    turns = [user("1" * 9), assistant("2" * 9), user("3" * 9), assistant("4" * 9), user("5")]
     sample_diffusion.ask(talker, turns, cfg)
     whole = [chat.prompt(turns[n:], talker.tokenizer) for n in (0, 2, 4)]
     assert prompts == [next(p for p in whole if len(p) <= 80)] and len(whole[0]) > 80
@@ -620,17 +623,16 @@ def test_the_oldest_turns_are_forgotten(talker, monkeypatch):
         sample_diffusion.ask(talker, [user("क" * 300)], cfg)
 
 
+def piped():
+    read, write = os.pipe()
+    os.write(write, "राम\n\n/stop\nराम गया\n".encode())
+    os.close(write)
+    os.dup2(read, 0)
+    sys.stdin = open(0, encoding="utf-8")
+
+
 def test_questions_are_piped_in(start, bases):
     """Each line is a question; the answers see what was said before; the end of the input leaves, with 0."""
-
-    def piped():
-        read, write = os.pipe()
-        os.write(write, "राम\n\n/stop\nराम गया\n".encode())
-        os.close(write)
-        os.dup2(read, 0)
-        import sys
-
-        sys.stdin = open(0, encoding="utf-8")
 
     argv = ["--ckpt", bases / "transformer", "--chat", "--max_new_tokens", 6, "--steps", 3, "--device", "cpu"]
     result = start("sample_diffusion", *argv, before=piped).wait()
@@ -686,15 +688,11 @@ class Terminal:
 
 
 def talk_in_terminal(run, seconds):
-    import sys
-
-    import model
-
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         setattr(sys, name, open({"stdin": 0, "stdout": 1, "stderr": 2}[name], mode, encoding="utf-8"))
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    trunk = model.Transformer.trunk
-    model.Transformer.trunk = lambda *a, **k: time.sleep(seconds) or trunk(*a, **k)
+    trunk = Transformer.trunk
+    Transformer.trunk = lambda *a, **k: time.sleep(seconds) or trunk(*a, **k)
     sys.argv = ["sample_diffusion.py", "--ckpt", str(run), "--chat", "--steps", "40", "--max_new_tokens", "40",
                 "--min_new_tokens", "40", "--device", "cpu"]  # fmt: skip
     try:
@@ -723,8 +721,8 @@ def test_a_talk_in_a_terminal(bases):
     terminal = Terminal(bases / "transformer", seconds=0)
     terminal.until("> ")
     os.write(terminal.fd, b"\x03")
-    terminal.until("again leaves")
+    terminal.until(r"again leaves\)\s*> ")
     terminal.type("राम\n")  # a question in between: that Ctrl-C is forgotten
-    terminal.until("> (.|\n)*> ")
+    terminal.until("\n> $")
     terminal.type("\x04")  # the end of the input
     assert terminal.code() == 0
