@@ -325,11 +325,13 @@ class SampleConfig:
         "text to continue; ___ is a blank of 1 to 8 tokens (fewer if there are many), ___5___ one of five; several "
         "prompts are separated by ||; empty writes freely",
     )
-    max_new_tokens: int = knob(64, "tokens to write after the prompt; a prompt with blanks gets none")
+    chat: bool = knob(False, "talk with a tuned model: it answers --prompt, or what is typed, line by line")
+    max_new_tokens: int = knob(64, "tokens to write after the prompt, at most; a prompt with blanks gets none")
     steps: int = knob(64, "denoising steps, each one forward: fewer are faster and worse; at most one an open position")
     strategy: str = knob(
-        "confidence",
-        "which positions are decided first (sampling.STRATEGIES)",
+        "",
+        "which positions are decided first (sampling.STRATEGIES); empty is confidence, in a chat left_to_right: the "
+        "surest places of an answer are its ends, and by confidence they would leave no room for it",
         ("random", "left_to_right", "dilated", "confidence", "margin", "entropy", "threshold", "entropy_bounded"),
     )
     temperature: float = knob(0.7, "0 takes the likeliest token")
@@ -352,6 +354,7 @@ class SampleConfig:
     ema: bool = knob(True, "use the averaged weights")
 
     def __post_init__(self):
+        self.strategy = self.strategy or ("left_to_right" if self.chat else "confidence")
         check(self.steps >= 1, f"--steps is {self.steps}, needs to be 1 or more")
         check(0 <= self.temperature < math.inf, f"--temperature is {self.temperature}, needs to be 0 or more")
         check(self.top_k >= 0, f"--top_k is {self.top_k}, needs to be 0 or more")
