@@ -110,7 +110,7 @@ def token_nll(logits, target, chunk=4096, observe=None):
 
     observe(logits, target) sees every chunk, where more is to be known of the same forward; here and below.
     """
-    nll = []
+    nll, chunk = [], max(1, min(chunk, (1 << 28) // logits.shape[1]))
     for l, y in zip(logits.split(chunk), target.split(chunk), strict=True):
         nll.append(F.cross_entropy(l.float(), y, reduction="none"))
         if observe:

@@ -30,6 +30,7 @@ from machine import pick_device, total_memory
 
 BINS = 10
 ORDERS = {"left_to_right": None, "own_order": sampling.STRATEGIES["confidence"]}  # of the chain rule
+MOST_LOGITS = 1 << 29  # of a forward: 2 GiB; vocabularies of pretrained models are large
 MARGIN = 0.18  # how far below the unigram's the bound must be for --check
 
 
@@ -53,6 +54,7 @@ def evaluate(denoiser, tokenizer, windows, masks=16, seed=0, batch_size=32, obse
     observe: see diffusion.token_nll.
     """
     exact = hasattr(denoiser, "nll")
+    batch_size = min(batch_size, max(1, MOST_LOGITS // (tokenizer.vocab_size * len(windows[0]))))
     if exact:
         batches = (torch.stack(windows[s]) for s in diffusion.runs(windows, batch_size))
         masks, nats = 0, torch.cat([denoiser.nll(x0, observe) for x0 in batches])[:, None]  # (windows, 1), per token

@@ -374,8 +374,8 @@ class HubDenoiser(Denoiser):
         logits = self.model(ids, attention_mask=None if inside is None else inside.long()).logits[0]  # (N, W)
         self.where = None
         V, m = self.mask_id, self.config.mask
-        if m < V:  # the last id has the place of MASK's
-            logits = torch.cat((logits[:, :m], logits[:, V:], logits[:, m + 1 : V]), 1)
+        if m < V:  # the last id has the place of MASK's; in place, as these are the largest tensors there are
+            logits[:, m] = logits[:, V]
         logits = logits[:, :V]
         return logits.view(B, T, V) if where is None else logits
 
