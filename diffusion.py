@@ -125,7 +125,7 @@ def token_nll(logits, target, chunk=4096, observe=None, *about):
 
     observe(logits, target, *about) sees every chunk, where more is to be known of the same forward; here and below.
     """
-    nll = []
+    nll, chunk = [], max(1, min(chunk, (1 << 28) // logits.shape[1]))
     for l, y, *a in zip(*(v.split(chunk) for v in (logits, target, *about)), strict=True):
         nll.append(F.cross_entropy(l.float(), y, reduction="none"))
         if observe:

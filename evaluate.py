@@ -33,6 +33,7 @@ from machine import pick_device, total_memory
 
 BINS = 10
 ORDERS = {"left_to_right": None, "own_order": sampling.STRATEGIES["confidence"]}  # of the chain rule
+MOST_LOGITS = 1 << 29  # of a forward: 2 GiB; vocabularies of pretrained models are large
 MARGIN = 0.18  # how far below the unigram's the bound must be for --check
 
 
@@ -93,6 +94,7 @@ def evaluate(denoiser, tokenizer, windows, masks=16, seed=0, batch_size=32, obse
                 if observer:
                     observer(logits[text], target[text], *(v[text.cpu()] for v in share))
 
+    batch_size = min(batch_size, max(1, MOST_LOGITS // (tokenizer.vocab_size * len(windows[0]))))
     if exact:
         masks, runs = 0, diffusion.runs(windows, batch_size)
         batches = ((torch.stack(windows[s]), {} if answers is None else dict(answer=answers[s])) for s in runs)
