@@ -102,9 +102,9 @@ def multiples(rows, rng):
 
 @functools.cache
 def any_of(names):
-    """A pattern that finds whole names, the longest where several begin (दक्षिण कोरिया before कोरिया)."""
+    """A pattern that finds whole names, the longest where several begin (मेक्सिको सिटी, not मेक्सिको)."""
     some = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    return re.compile(f"(?<![\u0900-\u097f])(?:{some})(?![\u0900-\u097f])")
+    return re.compile(f"(?<![\u0900-\u0963])(?:{some})(?![\u0900-\u0963])")
 
 
 def typed(text, names, seed):

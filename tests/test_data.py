@@ -60,10 +60,10 @@ def test_faults_are_found():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the handwritten pairs
+# the pairs written one by one
 
 
-def test_handwritten_pairs_are_many_and_well_formed():
+def test_written_pairs_are_many_and_well_formed():
     for pair in INSTRUCT:
         assert set(pair) == {"kind", "messages"} and re.fullmatch("[a-z_]+", pair["kind"])
         assert all(set(turn) == {"role", "content"} for turn in pair["messages"])
@@ -88,7 +88,7 @@ def test_handwritten_pairs_are_many_and_well_formed():
     assert sum(short) / len(short) > 0.99
 
 
-def test_no_handwritten_pair_repeats_another():
+def test_no_written_pair_repeats_another():
     asked = [words(" ".join(contents(pair)[:-1])) for pair in INSTRUCT]
     assert len({tuple(a) for a in asked}) == len(asked)
     answered = collections.Counter(tuple(words(contents(pair)[-1])) for pair in INSTRUCT)
@@ -261,6 +261,8 @@ def test_romanised_pairs_are_spelt_by_the_names():
     assert not any(facts.DEVANAGARI.search(a) for a in latin.values())
     hindi = [p for p in made if facts.DEVANAGARI.search(contents(p)[0])]
     assert len(hindi) <= len(latin)  # all of them once more; sums in bare numbers are in no script
+    names = {"मेक्सिको": "mexico", "मेक्सिको सिटी": "mexico city"}
+    assert facts.typed("मेक्सिको: मेक्सिको सिटी।", names, None) == "mexico: mexico city."
     assert facts.typed("प्राचीन चीन", {"चीन": "china"}, None) == f"{romanize.romanize('प्राचीन')} china"
 
 
@@ -355,7 +357,7 @@ def test_the_readme_states_the_numbers():
     shared = sum(item["fact"].split(":")[0] in TABLES for item in QA)
     often = collections.Counter(answer for item in QA for answer in {latin(a) for a in item["answers"]})
     for said in (
-        f"{len(INSTRUCT)} handwritten pairs",
+        f"{len(INSTRUCT)} pairs of an instruction",
         f"{len({pair['kind'] for pair in INSTRUCT})} kinds",
         f"{sum(len(pair['messages']) > 2 for pair in INSTRUCT)} have several turns",
         f"{sum(not facts.DEVANAGARI.search(contents(pair)[0]) for pair in INSTRUCT)} are asked in Latin letters",
