@@ -119,7 +119,7 @@ def types(part):
 
 
 def pieces_to_bytes(spec, size):
-    """The bytes of text (UTF-8) that each of `size` ids stands for, b"" where it stands for none: a list.
+    """The bytes of text (UTF-8) that each of `size` ids stands for, those of their names for special tokens: a list.
 
     spec: a tokenizer.json. WordPiece does not know spaces: a word has one before it, punctuation none.
     Raises ValueError for an unknown form.
@@ -153,7 +153,7 @@ def pieces_to_bytes(spec, size):
         )
     table = [convert(pieces[i]) if i in pieces else b"" for i in range(size)]
     for token in spec["added_tokens"]:
-        table[token["id"]] = b"" if token["special"] else token["content"].encode()
+        table[token["id"]] = token["content"].encode()
     return table
 
 
@@ -464,12 +464,12 @@ license: {license}
 
 # {name}
 
-{what}, trained by masked diffusion or next-token prediction with nanoHinDi, {steps} steps, from `{init}`.
+{what}, trained by {how} with nanoHinDi, {steps} steps, from `{init}`.
 
     from transformers import {auto}, AutoTokenizer
     model, tokenizer = {auto}.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")
 
-It answers in place of the mask token; many masks are filled step by step, which nanoHinDi does:
+nanoHinDi samples from it:
 
     python sample_diffusion.py --ckpt hub:{name} --prompt "..."
 
@@ -501,9 +501,10 @@ def save(loaded, folder, license="other", metrics=None):
     given = {
         k: run[k] for k in ("init", "data_dir", "seq_len", "batch_size", "grad_accum", "max_steps", "lr") if k in run
     }
-    task = "fill-mask" if loaded.denoiser.auto == HubDenoiser.auto else "text-generation"
+    masked = loaded.denoiser.auto == HubDenoiser.auto
     card = dict(
-        task=task,
+        task="fill-mask" if masked else "text-generation",
+        how="masked diffusion (many masks, filled step by step)" if masked else "next-token prediction",
         license=license,
         name=folder.name,
         what=type(loaded.denoiser.model).__name__,

@@ -271,6 +271,7 @@ def test_a_tokenizer_is_its_bytes(saved, family, tmp_path):
     for name, data in contents(folder).items():
         (tmp_path / name).write_bytes(data)
     assert hub.read_tokenizer(str(tmp_path)).sha256 == loaded.tokenizer.sha256
+    assert "local" not in loaded.tokenizer.files["tokenizer_config.json"]  # where it was found is not what it is
     if family != "gpt2":
         assert again.sep_id == again.eos_id != again.bos_id
 
