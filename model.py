@@ -336,7 +336,7 @@ class GPT(LanguageModel):
 
         answer (B, 2): only from answer[:, 0] to before answer[:, 1]; 0 elsewhere, where the head is not computed.
         """
-        x0 = x0.to(self.embed.weight.device)
+        x0 = x0.to(next(self.parameters()).device)
         if answer is None:
             return diffusion.token_nll(self(x0).flatten(0, 1), x0.flatten(), observe=observe).view(x0.shape)
         place = torch.arange(x0.shape[1])
