@@ -34,7 +34,7 @@ import tokenizer as tokenizers
 import train_instruct
 from model import Transformer
 
-KINDS = list(checkpoint.MODELS)
+KINDS = [kind for kind in checkpoint.MODELS if not kind.startswith("hub")]
 BYTES = tokenizers.Bytes()
 
 
