@@ -30,6 +30,7 @@ import dataset
 import diffusion
 import evaluate
 import sample_diffusion
+import sampling
 import tokenizer as tokenizers
 import train_instruct
 from model import Transformer
@@ -638,6 +639,21 @@ def test_questions_are_piped_in(start, bases):
     argv = ["--ckpt", bases / "transformer", "--chat", "--max_new_tokens", 6, "--steps", 3, "--device", "cpu"]
     result = start("sample_diffusion", *argv, before=piped).wait()
     assert result.code == 0 and not result.err and result.out.count("\n") >= 2
+
+
+def test_the_default_order_leaves_room_for_an_answer():
+    """Of a model that is sure of EOS at the end and wherever EOS follows, nothing is left by confidence."""
+
+    def floods(x_t):
+        before_end = torch.cat((x_t[:, 1:] == 2, torch.ones(len(x_t), 1, dtype=torch.bool)), 1)  # (B, T)
+        return torch.where(before_end[..., None], torch.tensor([0.0, 0, 9, 0]), torch.tensor([0.0, 0, 0, 1]))
+
+    for chatting, expected in ((False, [2] * 8), (True, [3] * 7 + [2])):
+        cfg = config.SampleConfig(chat=chatting)
+        canvas = torch.full((1, 8), 4)
+        *_, step = sampling.denoise(Toy(floods, V=4), canvas, cfg.strategy, 8, temperature=0, eos_id=2)
+        assert step.x[0].tolist() == expected
+    assert config.SampleConfig(chat=True, strategy="entropy").strategy == "entropy"
 
 
 def test_a_talk_refuses_what_it_cannot_do(command, bases):
