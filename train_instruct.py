@@ -263,6 +263,7 @@ def tune(cfg, run):
         kind, sizes, T = loaded.kind, loaded.denoiser.config, min(run.seq_len, loaded.denoiser.config.max_seq_len)
     run.seq_len = T
     if cfg.dropout >= 0:
+        check(hasattr(sizes, "dropout"), f"--dropout is for models of our own, {run.init} is {kind}")
         sizes = dataclasses.replace(sizes, dropout=cfg.dropout)
     if run.plan:
         with tempfile.TemporaryDirectory() as folder:
