@@ -551,10 +551,8 @@ KNOWN = (
     ("GSAI-ML/LLaDA-8B-Instruct", 8020, "mit", OWN_CODE),
     ("google/diffusiongemma-26B-A4B-it", 26000, CARDS, "no: its own sampler"),
 )
-WRITE, TUNE = (
-    {True: 4, False: 2},
-    20,
-)  # bytes a parameter: fp32, or bf16 as published; and gradient, AdamW's two, average
+# bytes a parameter: fp32, or bf16 as published; and gradient, AdamW's two, average
+WRITE, TUNE = {True: 4, False: 2}, 20
 
 
 def cached(name):
