@@ -149,8 +149,7 @@ def ask(loaded, items, n, batch_size=32):
         f"question {items[longest]['id']} takes {len(prompts[longest])} tokens and its answer {n}, the window of "
         f"{loaded.path} holds {limit}; take a smaller --answer_tokens, or a model with a longer window",
     )
-    never = {tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id} - {tokenizer.eos_id, None}
-    drawing = dict(temperature=0.0, eos_id=tokenizer.eos_id, forbid=sorted(never))
+    drawing = dict(temperature=0.0, eos_id=tokenizer.eos_id, forbid=tokenizer.never)
     texts, device = [""] * len(items), next(model.parameters()).device
     order = sorted(range(len(items)), key=lambda i: len(prompts[i]))  # rows of a batch are about equally long
     for start in range(0, len(order), batch_size):
@@ -188,12 +187,17 @@ def documents(folder, sha256=None):
 
 
 def met(items, texts):
-    """The ids of the items whose subject and an accepted answer stand within NEAR words in one of texts: a set."""
+    """The ids of the items whose subject and an accepted answer stand within NEAR words in one of texts: a set.
+
+    An English item may have both in Hindi too: item["hindi"], a dict.
+    """
     phrases = collections.defaultdict(set)  # first word -> (all words, item, whether they are its subject)
     for item in items:
-        for phrase in (item["subject"], *item["answers"]):
-            phrase, subject = tuple(words(phrase)), phrase == item["subject"]
-            phrases[phrase[0]].add((phrase, item["id"], subject))
+        for named in (item, item.get("hindi", {"answers": []})):
+            for phrase in (named.get("subject"), *named["answers"]):
+                if phrase:
+                    phrase, subject = tuple(words(phrase)), phrase == named.get("subject")
+                    phrases[phrase[0]].add((phrase, item["id"], subject))
     found = set()
     for text in texts:
         said, ends = words(text), {}  # ends: (item, whether its subject) -> where it ended last

@@ -382,6 +382,29 @@ def test_evaluate_scores_it_by_name(saved, tuned, family, command, tmp_path, mon
 
 
 @each
+def test_it_is_tuned_to_answer_scored_and_asked(saved, family, command, tmp_path):
+    """train_instruct.py by the bare name, evaluate.py on its answers and on questions, and a chat."""
+    people, places = ("राम", "सीता", "लड़की", "डॉक्टर"), ("बाज़ार", "घर", "खेत")
+    turns = [(f"{who} {where} गया?", f"{where} में") for who in people for where in places]
+    rows = [{"instruction": question, "response": answer} for question, answer in turns]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    item = dict(id="a", question="सीता कहाँ है?", answers=["घर"], subject="सीता", form="question", language="hi")
+    (tmp_path / "qa.jsonl").write_text(json.dumps(item | dict(level="easy", source="x")) + "\n")
+    run = tmp_path / "run"
+    flags = ["--data", tmp_path / "chats.jsonl", "--output_dir", run, "--max_steps", 4, "--batch_size", 4, "--lr", 1e-3]
+    flags += ["--grad_accum", 1, "--seq_len", 64, "--eval_interval", 0, "--optimizer", "adamw"]
+    result = command("train_instruct", "--init", saved(family)[0], *flags)
+    assert result.code == 0, result.err
+    result = command("evaluate", "--ckpt", run, "--masks", 2)
+    assert result.code == 0, result.err
+    assert command("evaluate", "--ckpt", run, "--qa", tmp_path / "qa.jsonl", "--answer_tokens", 4).code == 0
+    scores = json.loads((run / "eval.json").read_text("utf-8"))
+    assert scores["qa"]["accuracy"]["n"] == 1 and scores["likelihood"] == ("exact" if family == "gpt2" else "bound")
+    result = command("sample_diffusion", "--ckpt", run, "--chat", "--prompt", "राम कहाँ है?", "--max_new_tokens", 4)
+    assert result.code == 0, result.err
+
+
+@each
 def test_what_is_written_opens_in_transformers_with_equal_logits(saved, tuned, family, command, tmp_path):
     """hub.py: their class, their tokenizer, no code of ours; the matras stand there too."""
     _, _, theirs, loaded = saved(family)

@@ -331,6 +331,10 @@ def test_a_fact_is_met_where_subject_and_answer_stand_together():
     assert questions.met(ITEMS, ["बिहार", "पटना"]) == set()  # two documents
     assert questions.met([item("delhi", "भारत?", ["नई दिल्ली"], "दिल्ली")], ["नई दिल्ली"]) == set()  # one mention of both
     assert questions.met([item("delhi", "भारत?", ["नई दिल्ली"], "दिल्ली")], ["दिल्ली नई दिल्ली"]) == {"delhi"}
+    english = item("oz", "Which city is the capital of Australia?", ["Canberra"], "Australia")
+    english |= dict(hindi=dict(subject="ऑस्ट्रेलिया", answers=["कैनबरा"]))  # and what Hindi text says of it
+    assert questions.met([english], ["ऑस्ट्रेलिया की राजधानी कैनबरा है।"]) == {"oz"}
+    assert questions.met([english], ["कैनबरा", "ऑस्ट्रेलिया", "Australia is large"]) == set()
 
 
 @pytest.fixture(scope="module")
