@@ -396,8 +396,7 @@ class EvaluateConfig:
     answer_tokens: int = knob(32, "tokens of an answer, at most")
     available: bool = knob(False, "only list open diffusion and masked language models, and which of them run here")
     output: str = knob(
-        "",
-        "where the figures go; empty is eval.json beside the checkpoint, of hub:NAME checkpoints/hub--NAME/eval.json",
+        "", "where the figures go; empty is eval.json beside the checkpoint, of a hub model in a folder of checkpoints/"
     )
     seed: int = knob(0, "seed of the masks and samples")
     device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")

@@ -173,7 +173,8 @@ def train(kind, mask, sizes, run, quiet=False):
     starts = torch.from_numpy(tokenizer.word_starts())  # (V,) bool
     windows = dataset.windows(data.val, run.seq_len, run.eval_windows)
     answers = data.answers["val"][: len(windows)] if data.answers else None
-    sizes = dataclasses.replace(sizes, vocab_size=V, max_seq_len=max(sizes.max_seq_len, run.seq_len))
+    longest = max(sizes.max_seq_len, run.seq_len) if data.answers else run.seq_len  # tuned to chat, it reaches as far
+    sizes = dataclasses.replace(sizes, vocab_size=V, max_seq_len=longest)
     begun = begin_with(run.init, kind, sizes, tokenizer) if run.init and not run.resume else None
     out = Path(run.output_dir)
     if first:
