@@ -152,7 +152,7 @@ class VariantConfig(TransformerConfig):
         "how positions are told apart; relative: a learned bias on the scores; learned: added to the embedding",
         ("rotary", "relative", "learned", "none"),
     )
-    value_residual: bool = knob(False, "mix the first layer's values into those of the others")
+    values: str = knob("mixed", "of attention: mixed with the first layer's, or each layer's own", ("mixed", "own"))
     attention_gate: bool = knob(False, "a gate from 0 to 2 on the output of each head")
     feed_forward: str = knob("swiglu", "form of the feed-forward", ("swiglu", "gelu", "relu2"))
     norm: str = knob(

@@ -145,7 +145,10 @@ class EcoHybrid(Denoiser):
         C, H, M, T = config.d_model, config.n_heads, config.memory_slots, config.max_seq_len
         every = config.attn_every
         full = [every > 0 and i % every == every // 2 for i in range(config.n_layers)]
-        self.blocks = nn.ModuleList(Block(config) if f else EcoBlock(config) for f in full)
+        first = full.index(True) if any(full) else 0  # of the full layers
+        self.blocks = nn.ModuleList(
+            Block(config, first=i == first) if f else EcoBlock(config) for i, f in enumerate(full)
+        )
         self.slots = nn.Parameter(torch.empty(M, C))
         cos, sin = rotary_table(T, C // H)
         self.register_buffer("cos", cos, persistent=False)
@@ -171,10 +174,11 @@ class EcoHybrid(Denoiser):
         inside = None if inside is None else inside[..., None].to(x.dtype)
         slots = self.slots.expand(len(x), -1, -1)  # (B, M, C)
         near = self.near[:, :T]
+        values = None  # of the first full layer
         seen = F.pad(near.mT.masked_fill(~visible[:, None, None], -math.inf), (1, 0))  # (B, H, M, 1 + T)
         for block in self.blocks:
             if isinstance(block, EcoBlock):
                 x, slots = self.run(block, x, slots, seen, near, inside)
             else:
-                x = self.run(block, x, self.cos[:T], self.sin[:T], attend)
+                x, values = self.run(block, x, values, self.cos[:T], self.sin[:T], attend)
         return x

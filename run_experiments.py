@@ -73,7 +73,7 @@ def suites(epochs):
     rates, schedules, weights = ((0.0, 1.0), (0.1, 1.0), (0.0, 0.8)), ("linear", "cosine"), ("elbo", "low_var", "mix")
     peaks = (("muon", 4e-3), ("muon", 2e-3), ("muon", 8e-3), ("adamw", 7e-4), ("adamw", 3.5e-4), ("adamw", 1.4e-3))
     parts = dict(positions_relative=dict(positions="relative"), positions_learned=dict(positions="learned"),
-                 positions_none=dict(positions="none"), value_residual=dict(value_residual=True),
+                 positions_none=dict(positions="none"), own_values=dict(values="own"),
                  attention_gate=dict(attention_gate=True), gelu=dict(feed_forward="gelu"),
                  relu2=dict(feed_forward="relu2"), layer_norm=dict(norm="layer"), sandwich_norm=dict(norm="sandwich"),
                  no_qk_norm=dict(norm="no_qk"))  # fmt: skip

@@ -23,7 +23,7 @@ VARIANTS = {  # name -> kind, sizes
     "local": ("transformer", dict(n_layers=3, window=4)),  # two local layers, a full one
     "hybrid": ("eco_hybrid", dict(attn_every=2)),  # one layer of each sort
     "blocks": ("transformer", dict(block_length=5)),  # three, and a rest of one
-    "relative": ("variant", dict(positions="relative", value_residual=True, attention_gate=True)),
+    "relative": ("variant", dict(positions="relative", values="own", attention_gate=True)),
     "learned": ("variant", dict(positions="learned", feed_forward="gelu", norm="sandwich")),
     "layer_norm": ("variant", dict(norm="layer")),
     "no_qk_norm": ("variant", dict(norm="no_qk")),
