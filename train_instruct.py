@@ -65,14 +65,7 @@ def read_jsonl(name):
 
 
 def read_parquet(name):
-    try:
-        from pyarrow import lib, parquet
-    except ImportError:
-        raise ValueError(f"{name} needs pyarrow: pip install pyarrow") from None
-    try:
-        batches = parquet.ParquetFile(name).iter_batches(batch_size=64)
-    except lib.ArrowInvalid as e:
-        raise ValueError(f"{name} is not a parquet file: {e}") from None
+    batches = prepare.open_parquet(name, name).iter_batches(batch_size=64)
     rows = (row for batch in batches for row in batch.to_pylist())
     yield from ((f"{name} row {number}", row) for number, row in enumerate(rows, 1))
 
