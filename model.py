@@ -97,8 +97,8 @@ class Attention(nn.Module):
     training would stall at the unigram level for some hundred steps (docs/experiments.md).
     With a window a position sees no further than window / 2 tokens to each side (arXiv 2004.05150).
     causal: it sees itself and what stands before it; only offsets to the left make sense, and heads prefer -1, -2, ...
-    Values are mixed with those of the first attention layer, half and half to begin with (arXiv 2410.17897), which is
-    itself `first`.
+    Every layer but the `first` mixes its values with those of the first, half and half to begin with (value residuals,
+    arXiv 2410.17897): docs/experiments.md.
     """
 
     def __init__(self, config, window=0, causal=False, first=True):

@@ -57,6 +57,7 @@ TWINS = dict(diffusion="transformer", autoregressive="autoregressive")
 # dropout and weight decay of each kind on a small corpus read many times, by `--suite regularise`
 OWN = dict(transformer=dict(dropout=0.1, weight_decay=0.1), autoregressive=train_autoregressive.OWN)
 SCORED = dict(transformer=dict(chain_rule=32), autoregressive={})  # the twin's likelihood is exact without it
+OLD = dict(values="own", max_mask_rate=1.0, lr=4e-3)  # what the suite combined begins with
 VALIDATIONS = 12  # in a run of a length given in epochs; the best of them is the early-stopped model
 CLOSE = 0.01  # share by which matched runs may differ in what is matched
 PROCESSES = 12  # seconds in which a trainer and evaluate.py start, import, read and save
@@ -87,11 +88,10 @@ def suites(epochs):
         "architecture": [("full", one, {}), *((name, "variant", named) for name, named in parts.items()),
                          *((f"local_{w}", one, dict(window=w)) for w in (32, 64, 128)),
                          ("hybrid", "eco_hybrid", {}), ("pure", "eco_hybrid", dict(attn_every=0))],
-        "combined": [("default", "variant", {}), *((name, "variant", named) for name, named in dict(
-                         values=dict(value_residual=True), rates=dict(max_mask_rate=0.8), lr=dict(lr=8e-3),
-                         values_rates=dict(value_residual=True, max_mask_rate=0.8),
-                         values_rates_lr=dict(value_residual=True, max_mask_rate=0.8, lr=8e-3),
-                         values_rates_gate=dict(value_residual=True, max_mask_rate=0.8, attention_gate=True),
+        "combined": [("before", "variant", OLD), *((name, "variant", OLD | named) for name, named in dict(
+                         values=dict(values="mixed"), rates=dict(max_mask_rate=0.8),
+                         values_rates=dict(values="mixed", max_mask_rate=0.8),
+                         values_rates_lr=dict(values="mixed", max_mask_rate=0.8, lr=8e-3),
                      ).items())],
         "optimizer": [(f"{o}_{lr:g}_decay{w:g}_ema{e:g}", one, dict(optimizer=o, lr=lr, weight_decay=w, ema=e))
                       for (o, lr), w, e in product(peaks, (0.1, 0.0), (0.999, 0.0))],

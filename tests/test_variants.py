@@ -21,6 +21,7 @@ def close(a, b):
 
 def attention(**flags):
     """One layer's attention (not the first), every parameter moved away from where it starts, and an input."""
+    flags = dict(values="own") | flags
     config = VariantConfig(vocab_size=V, max_seq_len=T, d_model=C, n_layers=L, n_heads=H, d_ff=24, **flags)
     layer, g = VariantAttention(config, first=False), toys.seeded(1)
     with torch.no_grad():
@@ -125,7 +126,7 @@ def test_norms():
     y = block.attention(block.norm_attention(x), model.cos, model.sin, None, None)[0]
     y = x + rms(y) * block.after_attention.scale
     y = y + rms(block.ff(block.norm_ff(y))) * block.after_ff.scale
-    close(block(x, model.cos, model.sin, None, None)[0], y)
+    close(block(x, None, model.cos, model.sin, None)[0], y)
     model = toys.build("variant", norm="layer")
     h = model.trunk(X)
     h = rms(h - h.mean(2, keepdim=True)) * model.norm.weight + model.norm.bias
