@@ -446,6 +446,23 @@ class BenchmarkConfig:
 
 
 @dataclass
+class SpeedrunConfig:
+    """benchmark.py speedrun."""
+
+    record: str = knob("", "which of speedrun.RECORDS; empty is the last, the one that stands")
+    seeds: int = knob(3, "trainings, with seeds --seed, --seed + 1, ..., one after another")
+    seed: int = knob(1337, "the first seed")
+    threads: int = knob(2, "CPU threads; the records are those of two")
+    root: str = knob("checkpoints/speedrun", "where data and runs go; a run of the same name is replaced")
+    output: str = knob("", "where the figures go; empty is checkpoints/benchmark_speedrun.json")
+
+    def __post_init__(self):
+        for name in ("seeds", "threads"):
+            check(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}, needs to be 1 or more")
+        check(self.seed >= 0, f"--seed is {self.seed}, needs to be 0 or more")
+
+
+@dataclass
 class FrontierConfig:
     """benchmark.py sample."""
 
