@@ -169,7 +169,7 @@ class EcoHybridConfig(TransformerConfig):
     """d_ff is that of the Transformer that has as many parameters: the SwiGLUs here get the width that matches it."""
 
     memory_slots: int = knob(32, "slots of the memory, anchored along the longest window")
-    conv_kernel: int = knob(7, "positions that the local convolution reads, odd")
+    conv_kernel: int = knob(3, "positions that the local convolution reads, odd")
     window: int = knob(0, "the convolution is what is local here", flag=False)
     block_length: int = knob(0, "slots and convolution see both sides", flag=False)
     attn_every: int = knob(4, "every n-th layer is a Transformer block with full attention; 0: none is")

@@ -78,7 +78,7 @@ def suites(epochs):
                  attention_gate=dict(attention_gate=True), gelu=dict(feed_forward="gelu"),
                  relu2=dict(feed_forward="relu2"), layer_norm=dict(norm="layer"), sandwich_norm=dict(norm="sandwich"),
                  no_qk_norm=dict(norm="no_qk"))  # fmt: skip
-    eco = dict(memory_slots=(32, 16, 64), conv_kernel=(3, 11), attn_every=(0, 2))
+    eco = dict(memory_slots=(32, 16, 64), conv_kernel=(7, 11), attn_every=(0, 2))
     return {
         "seed": [(f"{a}_{t}_{m}", kind, dict(time_mode=t, masking_strategy=m))
                  for (a, kind), t, m in product(ARCHS.items(), times, masks)],
