@@ -1,0 +1,274 @@
+"""export.py and what reads it: folders that load like runs, open in transformers outside of the project; ONNX."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import contents, train
+from safetensors.torch import load_file
+
+import checkpoint
+import config
+import export
+import tokenizer as tokenizers
+
+KINDS = list(export.SCRIPTS)
+
+
+@pytest.fixture(scope="session")
+def runs(data, trained, twin, tmp_path_factory):
+    """kind -> a tiny run folder."""
+    eco = tmp_path_factory.mktemp("runs") / "eco"
+    train(data, eco, "--memory_slots", 4, "--attn_every", 2, kind="eco_hybrid")
+    return dict(transformer=trained, eco_hybrid=eco, autoregressive=twin)
+
+
+@pytest.fixture(scope="session")
+def exported(runs, tmp_path_factory):
+    """kind -> a folder in bf16, with code. Not to be written to."""
+    folder = tmp_path_factory.mktemp("exported")
+    for kind, run in runs.items():
+        cfg = config.ExportConfig(output_dir=str(folder / kind), about="Text of *a small world*.", hardware="a test")
+        export.save(checkpoint.load(run), cfg)
+    return {kind: folder / kind for kind in runs}
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    return Path(shutil.copytree(exported["transformer"], tmp_path / "copy"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_loads_as_the_run_rounded_to_bf16(runs, exported, kind):
+    """Against the averaged weights in the .pt itself, each rounded here; config, step and tokenizer are the run's."""
+    state, loaded = checkpoint.read(runs[kind] / "best.pt"), checkpoint.load(exported[kind])
+    assert (loaded.kind, loaded.step) == (kind, state["step"]) and not loaded.denoiser.training
+    assert loaded.path == exported[kind] / "model.safetensors"
+    assert dataclasses.asdict(loaded.denoiser.config) == state["model_config"]
+    assert loaded.config["max_steps"] == state["config"]["max_steps"]
+    assert loaded.tokenizer.to_bytes() == state["tokenizer"].numpy().tobytes()
+    ours = loaded.denoiser.state_dict()
+    assert ours.keys() == state["ema"].keys()
+    for name, value in state["ema"].items():
+        assert ours[name].dtype == torch.float32 and torch.equal(ours[name], value.bfloat16().float()), name
+    stored = load_file(exported[kind] / "model.safetensors")
+    assert {v.dtype for v in stored.values()} == {torch.bfloat16}
+    assert sum(v.numel() for v in stored.values()) == sum(p.numel() for p in loaded.denoiser.parameters())  # tied once
+
+
+def test_fp32_keeps_every_bit_and_no_code_none(trained, tmp_path, command):
+    argv = ["--ckpt", trained, "--output_dir", tmp_path / "a", "--dtype", "fp32", "--no_code"]
+    assert command("export", *argv).code == 0
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {
+        "model.safetensors", "config.json", "tokenizer.model", "README.md"
+    }  # fmt: skip
+    assert "auto_map" not in json.loads((tmp_path / "a" / "config.json").read_text("utf-8"))
+    stored, ema = load_file(tmp_path / "a" / "model.safetensors"), checkpoint.read(trained / "best.pt")["ema"]
+    assert all(torch.equal(stored[name], ema[name]) for name in ema)
+    assert command("export", *argv, "--no_ema").code == 0
+    stored, model = load_file(tmp_path / "a" / "model.safetensors"), checkpoint.read(trained / "best.pt")["model"]
+    assert all(torch.equal(stored[name], model[name]) for name in model)
+
+
+def test_every_command_takes_a_folder(exported, trained, data, command, copy, tmp_path):
+    result = command("sample_diffusion", "--ckpt", copy, "--prompt", "राम", "--max_new_tokens", 4, "--steps", 2)
+    assert result.code == 0 and result.out.startswith("राम") and "model.safetensors" in result.out, result.err
+    same = command("sample_diffusion", "--ckpt", copy / "model.safetensors", "--max_new_tokens", 4, "--steps", 2)
+    assert same.code == 0
+    result = command("evaluate", "--ckpt", copy, "--data_dir", data, "--masks", 2)
+    assert result.code == 0 and (copy / "eval.json").exists(), result.err
+    argv = ["--init", copy, "--data_dir", data, "--output_dir", tmp_path / "more", "--max_steps", 1]
+    argv += "--d_model 32 --n_layers 2 --n_heads 2 --d_ff 64 --seq_len 32 --batch_size 2 --grad_accum 1".split()
+    result = command("train_diffusion", *argv, "--eval_masks", 1, "--eval_windows", 2, "--device", "cpu")
+    assert result.code == 0, result.err
+    # exported once more, on itself: the same weights, and a card with the figures
+    before = (copy / "model.safetensors").read_bytes()
+    assert command("export", "--ckpt", copy, "--output_dir", copy).code == 0
+    assert (copy / "model.safetensors").read_bytes() == before
+    scores, text = json.loads((copy / "eval.json").read_text("utf-8")), (copy / "README.md").read_text("utf-8")
+    mean, error = (scores["bits_per_byte"][k] for k in ("mean", "standard_error"))
+    assert f"{mean:.4f} ± {error:.4f}" in text and "*a small world*" in text and "on a test" in text
+    assert command("evaluate", "--ckpt", copy, "--data_dir", data, "--masks", 2).code == 0  # of this checkpoint, still
+
+
+def test_the_card(runs, exported):
+    text = (exported["transformer"] / "README.md").read_text("utf-8")
+    front = re.match(r"---\n(.*?)\n---\n", text, re.S)[1]
+    assert {"language:", "- hi", "license: mit", "library_name: transformers", "- masked-diffusion"} <= set(
+        front.splitlines()
+    )
+    seconds = [json.loads(line)["seconds"] for line in open(runs["transformer"] / "metrics.jsonl", encoding="utf-8")]
+    spent = max(s["training"] for s in seconds if "training" in s)
+    assert f"{spent:,.0f} s of training, on a test." in text and "12 steps" in text and "Not evaluated yet." in text
+    assert "- mai kal bazaar" in text or "- " in text.split("## Samples")[1]
+
+
+def test_the_command_on_the_card_is_the_one_that_trained(runs):
+    """Parsed again, it gives every flag that the run had."""
+    for kind, run in runs.items():
+        loaded = checkpoint.load(run)
+        _, script, *argv = export.shlex.split(export.command(loaded.config, kind))
+        assert script == f"{export.SCRIPTS[kind]}.py"
+        parsed = config.parse("", config.MaskConfig, checkpoint.MODELS[kind][0], config.TrainConfig, argv=argv)
+        flags = {f.name: getattr(c, f.name) for c in parsed for f in dataclasses.fields(c) if f.metadata["flag"]}
+        assert {k: loaded.config[k] for k in flags} == flags
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what is damaged, foreign or missing
+
+
+def test_a_damaged_or_missing_file_is_one_line(copy, command):
+    whole = contents(copy)
+    for name in checkpoint.EXPORTED:
+        (copy / name).unlink()
+        result = command("sample_diffusion", "--ckpt", copy)
+        assert result.code == 1 and f"{name} is missing" in result.error(), result.err
+        at = len(whole[name]) // 2
+        spoiled = bytes([whole[name][at] ^ 4]) if name != "config.json" else b"\0"
+        (copy / name).write_bytes(whole[name][:at] + spoiled + whole[name][at + 1 :])
+        result = command("sample_diffusion", "--ckpt", copy)
+        assert result.code == 1 and f"{name} is damaged" in result.error(), result.err
+        (copy / name).write_bytes(whole[name])
+    about = json.loads(whole["config.json"])
+    (copy / "config.json").write_text(json.dumps(about | {"format": 2}))
+    assert "another version" in command("sample_diffusion", "--ckpt", copy).error()
+
+
+def test_nothing_else_is_overwritten(trained, tmp_path, command):
+    before = contents(trained)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("kept")
+    (tmp_path / "file").write_text("kept")
+    for taken in (trained, tmp_path / "notes", tmp_path / "file"):
+        result = command("export", "--ckpt", trained, "--output_dir", taken)
+        assert result.code == 2 and str(taken) in result.error()
+    assert contents(trained) == before and [p.name for p in (tmp_path / "notes").iterdir()] == ["mine.txt"]
+    result = command("export", "--ckpt", trained)
+    assert result.code == 2 and "--output_dir" in result.error()
+
+
+def test_a_killed_export_is_no_model(trained, tmp_path, monkeypatch):
+    """Whatever file a write fails at, no config.json stands in a new folder, and no temporary file."""
+    for n in range(4):
+        calls, replace, out = [], os.replace, tmp_path / str(n)
+
+        def failing(a, b, calls=calls, replace=replace, n=n):
+            calls.append(b)
+            if len(calls) > n:
+                raise OSError(28, "No space left on device")
+            replace(a, b)
+
+        monkeypatch.setattr(os, "replace", failing)
+        with pytest.raises(OSError, match="No space"):
+            export.save(checkpoint.load(trained), config.ExportConfig(output_dir=str(out), code=False))
+        monkeypatch.undo()
+        assert not (out / "config.json").exists() and not list(out.glob("*.tmp")) and len(list(out.iterdir())) == n
+
+
+def test_other_kinds_are_refused(data, tmp_path, command):
+    train(data, tmp_path / "v", "--positions", "none", "--max_steps", 1, kind="variant")
+    result = command("export", "--ckpt", tmp_path / "v", "--output_dir", tmp_path / "x")
+    assert result.code == 2 and "is variant" in result.error() and not (tmp_path / "x").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what commands take by default
+
+
+def test_without_a_run_the_model_in_the_box(exported, trained, command, tmp_path, monkeypatch):
+    """models/ of the source folder, wherever one stands; a run of one's own wins, in a talk one that was tuned."""
+    box = tmp_path / "source" / "models"
+    monkeypatch.setattr(checkpoint, "IN_THE_BOX", box)
+    monkeypatch.chdir(tmp_path)
+    result = command("sample_diffusion")
+    assert result.code == 2 and "make quickstart" in result.error()
+    shutil.copytree(exported["transformer"], box / "diffusion")
+    asked = ["--max_new_tokens", 2, "--steps", 1, "--prompt", "राम"]
+
+    def taken(*argv):
+        result = command("sample_diffusion", *asked, *argv)
+        assert result.code == 0 and result.err.count("\n") == 1, result.err
+        return re.match(r"note: no --ckpt is named, taking (\S+) \(", result.err)[1]
+
+    assert taken() == taken("--chat") == str(box / "diffusion")
+    shutil.copytree(exported["transformer"], box / "chat")
+    assert (taken(), taken("--chat")) == (str(box / "diffusion"), str(box / "chat"))
+    shutil.copytree(trained, tmp_path / "checkpoints" / "mine")
+    assert (taken(), taken("--chat")) == ("checkpoints/mine", str(box / "chat"))
+    shutil.copytree(trained, tmp_path / "checkpoints" / "tuned")
+    about = json.loads((trained / "config.json").read_text("utf-8"))
+    assert about["chats"] is False
+    (tmp_path / "checkpoints" / "tuned" / "config.json").write_text(json.dumps(about | {"chats": True}))
+    for path in (tmp_path / "checkpoints" / "tuned").iterdir():
+        os.utime(path, (0, 0))
+    assert (taken(), taken("--chat")) == ("checkpoints/mine", "checkpoints/tuned")
+    assert taken("--ckpt", "") == "checkpoints/mine"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers, in a process that has nothing of the project
+
+OUTSIDE = """
+import json, sys
+import torch
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+folder, kind, text, out = sys.argv[1:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+assert not [p for p in ("model", "sampling", "diffusion") if p in sys.modules], sys.path
+batch = tokenizer([text, text[:5]], padding=True, return_tensors="pt")
+x = batch["input_ids"].clone()
+x[0, 2] = model.model.mask_id
+with torch.no_grad():
+    logits = model(x, attention_mask=batch["attention_mask"]).logits
+answer = dict(ids=batch["input_ids"], mask=batch["attention_mask"], logits=logits)
+if kind != "autoregressive":
+    again = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    with torch.no_grad():
+        assert torch.equal(again(x, attention_mask=batch["attention_mask"]).logits, logits)
+    assert tokenizer("<mask>")["input_ids"] == [model.model.mask_id]
+torch.save(answer, out + ".pt")
+model.save_pretrained(out), tokenizer.save_pretrained(out)
+back = AutoModel.from_pretrained(out, trust_remote_code=True, dtype=torch.float32).eval()
+with torch.no_grad():
+    assert torch.equal(back(x, attention_mask=batch["attention_mask"]).logits, logits)
+texts = [tokenizer.decode(tokenizer(t)["input_ids"]) for t in (text, "a  b\\n▁ क़\\u200d।", "<s>")]
+more = {} if kind == "autoregressive" else dict(steps=3)
+written = model.write(tokenizer, text[:3], max_new_tokens=6, seed=3, **more)
+print(json.dumps([texts, written, float(model.bound(batch["input_ids"][:1], torch.Generator().manual_seed(0)))]))
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_open_it_outside_of_the_project(exported, kind, tmp_path):
+    text = "राम बाज़ार में गया था।"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= dict(HF_MODULES_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
+    argv = [sys.executable, "-c", OUTSIDE, str(exported[kind]), kind, text, str(tmp_path / "out")]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer, ours = torch.load(tmp_path / "out.pt", weights_only=True), checkpoint.load(exported[kind])
+    want = [ours.tokenizer.encode(t) for t in (text, text[:5])]
+    assert [row[: len(w)].tolist() for row, w in zip(answer["ids"], want, strict=True)] == want
+    assert answer["mask"].sum(1).tolist() == [len(w) for w in want]
+    x, lengths = answer["ids"].clone(), answer["mask"].sum(1)
+    x[0, 2] = ours.denoiser.mask_id
+    with torch.no_grad():
+        logits = ours.denoiser(x, lengths=lengths)
+    inside = answer["mask"].bool()
+    torch.testing.assert_close(answer["logits"][inside], logits[inside], rtol=1e-5, atol=1e-5)
+    texts, written, nats = json.loads(done.stdout.splitlines()[-1])
+    assert texts[:2] == [tokenizers.normalize(t) for t in (text, "a  b\n▁ क़\u200d।")]
+    assert written.startswith(text[:3]) and nats > 0
