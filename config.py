@@ -496,6 +496,28 @@ class FrontierConfig:
 
 
 @dataclass
+class InferenceConfig:
+    """benchmark.py inference."""
+
+    ckpt: str = knob("", "the denoiser: a .pt file, or a folder of a run or of export.py; empty is the newest run")
+    data_dir: str = knob("", "folder written by prepare.py; empty takes the one --ckpt was trained on")
+    output: str = knob("", "where the figures go; empty is checkpoints/benchmark_inference.json")
+    tokens: int = knob(64, "tokens a sample, no prompt")
+    steps: int = knob(16, "forwards a sample")
+    batches: str = knob("1,16", "samples written at once, comma-separated")
+    windows: int = knob(64, "windows of held-out text that show what rounding costs, at most")
+    repeats: int = knob(5, "how often what is compared takes turns; medians are reported")
+    threads: int = knob(0, "CPU threads; 0 leaves PyTorch's choice")
+
+    def __post_init__(self):
+        for name in ("tokens", "steps", "windows", "repeats"):
+            check(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}, needs to be 1 or more")
+        check(self.threads >= 0, f"--threads is {self.threads}, needs to be 0 or more")
+        right = all(n.strip().isdecimal() and int(n) > 0 for n in self.batches.split(","))
+        check(right, f"--batches is {self.batches!r}, needs numbers from 1 on between commas")
+
+
+@dataclass
 class ColabConfig:
     data_dir: str = knob("", "folder written by prepare.py; empty prepares the novel Devdas, or --dataset")
     dataset: str = knob("", "a data set of the hub by name, prepared first (needs the hub extra)")

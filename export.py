@@ -219,7 +219,7 @@ def save(loaded, cfg):
         model_type="nanohindi",
         kind=loaded.kind,
         model_config=dataclasses.asdict(loaded.denoiser.config),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype="float32",  # what transformers computes in unless told otherwise, as we do, whatever the file holds
         step=loaded.step,
         run=loaded.config | {"card": facts},
         sha256={name: checkpoint.sha256(folder / name) for name in (checkpoint.WEIGHTS, checkpoint.TOKENIZER)},

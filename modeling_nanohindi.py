@@ -4,8 +4,8 @@
     tokenizer = AutoTokenizer.from_pretrained("models/diffusion", trust_remote_code=True)
     print(model.write(tokenizer, "एक दिन", max_new_tokens=64, steps=16))
 
-`model.model` is the project's own denoiser, or its causal twin, and `tokenizer.own` its tokenizer, from the files beside
-this one; `model.denoise` is the loop of sampling.py.
+`model.model` is the project's own denoiser, or its causal twin, and `tokenizer.own` its tokenizer, out of the files
+beside this one; `model.denoise` is the loop of sampling.py.
 Shapes: B rows, T tokens, V real tokens; MASK is id V.
 """
 
@@ -46,7 +46,7 @@ class NanoHindi(PreTrainedModel):
         return CLASSES[self.config.kind](SimpleNamespace(**self.config.model_config))
 
     def _init_weights(self, module):
-        """Tables that follow from the sizes are in no file, and are lost in a model that is first built without memory."""
+        """Tables that follow from the sizes are in no file, and transformers builds a model without memory first."""
         if module is self.model:
             with torch.device("cpu"):
                 fresh = self.fresh()
@@ -119,16 +119,11 @@ class NanoHindiTokenizer(PreTrainedTokenizer):
         return self.names[index]
 
     def convert_tokens_to_string(self, tokens):
-        special = {"<mask>"}
-        text, ids = "", []
-        for token in [*tokens, None]:
-            if token in special or token is None:
-                text, ids = text + self.own.decode(ids) + (token or ""), []
-            else:
-                ids.append(self._convert_token_to_id(token))
-        return text
+        shown = set(self.all_special_tokens)  # skip_special_tokens took them out before
+        parts = (t.encode() if t in shown else self.own.token_bytes(self._convert_token_to_id(t)) for t in tokens)
+        return b"".join(parts).decode("utf-8", "replace")
 
     def save_vocabulary(self, save_directory, filename_prefix=None):
-        path = Path(save_directory, f"{filename_prefix}-" if filename_prefix else "" + "tokenizer.model")
+        path = Path(save_directory, (f"{filename_prefix}-" if filename_prefix else "") + "tokenizer.model")
         path.write_bytes(self.own.to_bytes())
         return (str(path),)

@@ -13,10 +13,13 @@ import pytest
 import torch
 from conftest import contents, train
 from safetensors.torch import load_file
+from toys import build, seeded
 
 import checkpoint
 import config
+import diffusion
 import export
+import sample_diffusion
 import tokenizer as tokenizers
 
 KINDS = list(export.SCRIPTS)
@@ -220,55 +223,107 @@ def test_without_a_run_the_model_in_the_box(exported, trained, command, tmp_path
 # ---------------------------------------------------------------------------------------------------------------------
 # transformers, in a process that has nothing of the project
 
+TEXT = "राम बाज़ार में गया था।"
 OUTSIDE = """
 import json, sys
 import torch
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
-folder, kind, text, out = sys.argv[1:]
-model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-assert not [p for p in ("model", "sampling", "diffusion") if p in sys.modules], sys.path
-batch = tokenizer([text, text[:5]], padding=True, return_tensors="pt")
-x = batch["input_ids"].clone()
-x[0, 2] = model.model.mask_id
-with torch.no_grad():
-    logits = model(x, attention_mask=batch["attention_mask"]).logits
-answer = dict(ids=batch["input_ids"], mask=batch["attention_mask"], logits=logits)
-if kind != "autoregressive":
-    again = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
-    with torch.no_grad():
-        assert torch.equal(again(x, attention_mask=batch["attention_mask"]).logits, logits)
-    assert tokenizer("<mask>")["input_ids"] == [model.model.mask_id]
-torch.save(answer, out + ".pt")
-model.save_pretrained(out), tokenizer.save_pretrained(out)
-back = AutoModel.from_pretrained(out, trust_remote_code=True, dtype=torch.float32).eval()
-with torch.no_grad():
-    assert torch.equal(back(x, attention_mask=batch["attention_mask"]).logits, logits)
-texts = [tokenizer.decode(tokenizer(t)["input_ids"]) for t in (text, "a  b\\n▁ क़\\u200d।", "<s>")]
-more = {} if kind == "autoregressive" else dict(steps=3)
-written = model.write(tokenizer, text[:3], max_new_tokens=6, seed=3, **more)
-print(json.dumps([texts, written, float(model.bound(batch["input_ids"][:1], torch.Generator().manual_seed(0)))]))
+text, *folders = sys.argv[1:]
+answers = {}
+for folder in folders:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    kind, denoiser = model.config.kind, model.model
+    batch = tokenizer([text, text[:5]], padding=True, return_tensors="pt")
+    x = batch["input_ids"].clone()
+    x[0, 2] = denoiser.mask_id
+    logits = lambda model: model(x, attention_mask=batch["attention_mask"]).logits.detach()
+    again = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True) if kind == "transformer" else model
+    out = kind + "_again"
+    model.save_pretrained(out), tokenizer.save_pretrained(out)
+    back = AutoModel.from_pretrained(out, trust_remote_code=True).eval()
+    strings = [tokenizer.decode(tokenizer(t)["input_ids"]) for t in (text, "a  b\\n▁ क़\\u200d।", "<s>क<mask>")]
+    settings = {} if kind == "autoregressive" else dict(steps=3)
+    written = model.write(tokenizer, text[:3], max_new_tokens=6, seed=3, **settings)
+    nats = model.bound(batch["input_ids"][:1], torch.Generator().manual_seed(0)).item()
+    answers[kind] = dict(
+        ids=batch["input_ids"], mask=batch["attention_mask"], strings=strings, written=written, nats=nats,
+        hole=tokenizer("<mask>")["input_ids"], logits=[logits(m) for m in (model, again, back)])
+assert not {"model", "sampling", "diffusion", "checkpoint"} & set(sys.modules), sys.path
+torch.save(answers, "answers.pt")
 """
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_transformers_open_it_outside_of_the_project(exported, kind, tmp_path):
-    text = "राम बाज़ार में गया था।"
+@pytest.fixture(scope="module")
+def answers(exported, tmp_path_factory):
+    """kind -> what a process without the project makes of the folder."""
+    folder = tmp_path_factory.mktemp("outside")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= dict(HF_MODULES_CACHE=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
-    argv = [sys.executable, "-c", OUTSIDE, str(exported[kind]), kind, text, str(tmp_path / "out")]
-    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    environment |= dict(HF_MODULES_CACHE=str(folder / "cache"), HF_HUB_OFFLINE="1")
+    argv = [sys.executable, "-W", "ignore", "-c", OUTSIDE, TEXT, *map(str, exported.values())]
+    done = subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    answer, ours = torch.load(tmp_path / "out.pt", weights_only=True), checkpoint.load(exported[kind])
-    want = [ours.tokenizer.encode(t) for t in (text, text[:5])]
+    return torch.load(folder / "answers.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_open_it_outside_of_the_project(exported, answers, kind):
+    answer, ours = answers[kind], checkpoint.load(exported[kind])
+    want = [ours.tokenizer.encode(t) for t in (TEXT, TEXT[:5])]
+    lengths, inside = torch.tensor([len(w) for w in want]), answer["mask"].bool()
     assert [row[: len(w)].tolist() for row, w in zip(answer["ids"], want, strict=True)] == want
-    assert answer["mask"].sum(1).tolist() == [len(w) for w in want]
-    x, lengths = answer["ids"].clone(), answer["mask"].sum(1)
+    assert answer["mask"].sum(1).tolist() == lengths.tolist() and answer["hole"] == [ours.denoiser.mask_id]
+    x = answer["ids"].clone()
     x[0, 2] = ours.denoiser.mask_id
     with torch.no_grad():
         logits = ours.denoiser(x, lengths=lengths)
-    inside = answer["mask"].bool()
-    torch.testing.assert_close(answer["logits"][inside], logits[inside], rtol=1e-5, atol=1e-5)
-    texts, written, nats = json.loads(done.stdout.splitlines()[-1])
-    assert texts[:2] == [tokenizers.normalize(t) for t in (text, "a  b\n▁ क़\u200d।")]
-    assert written.startswith(text[:3]) and nats > 0
+    for theirs in answer["logits"]:  # of AutoModel; AutoModelForMaskedLM; written by transformers and read again
+        torch.testing.assert_close(theirs[inside], logits[inside], rtol=1e-5, atol=1e-5)
+    assert answer["strings"] == [tokenizers.normalize(t) for t in (TEXT, "a  b\n▁ क़\u200d।", "<s>क<mask>")]
+    cfg = config.SampleConfig(max_new_tokens=6, seed=3, steps=3)
+    (ids,) = sample_diffusion.generate(ours, [TEXT[:3]], cfg).texts
+    assert answer["written"] == ours.tokenizer.decode(ids)
+    with torch.no_grad():
+        row, g = torch.tensor(want[:1]), torch.Generator().manual_seed(0)
+        nats = ours.denoiser.nll(row) if kind == "autoregressive" else diffusion.bound(ours.denoiser, row, g)
+    assert answer["nats"] == pytest.approx(nats.item(), rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ONNX
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_onnx_gives_the_same_logits(kind, tmp_path, recwarn):
+    """onnxruntime against PyTorch, on random ids of other batches and lengths than the exporter saw."""
+    onnxruntime, denoiser = pytest.importorskip("onnxruntime"), build(kind, n_layers=3).eval()
+    export.save_onnx(denoiser, tmp_path / "a" / "x.onnx")
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["x.onnx"]
+    session = onnxruntime.InferenceSession(tmp_path / "a" / "x.onnx")
+    for lengths in ([16], [1], [7, 13, 1, 12, 13]):
+        x = torch.randint(12, (len(lengths), max(lengths)), generator=seeded())
+        (logits,) = session.run(None, dict(x_t=x.numpy(), lengths=torch.tensor(lengths).numpy()))
+        with torch.no_grad():
+            want = denoiser(x, lengths=torch.tensor(lengths))
+        for row, (n, a, b) in enumerate(zip(lengths, torch.from_numpy(logits), want, strict=True)):
+            torch.testing.assert_close(a[:n], b[:n], rtol=1e-4, atol=1e-4)
+            with torch.no_grad():  # alone, without padding
+                torch.testing.assert_close(a[:n], denoiser(x[row : row + 1, :n])[0], rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_by_the_command(exported, command, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    result = command("export", "--ckpt", exported["transformer"], "--onnx", tmp_path / "x.onnx")
+    assert result.code == 0 and f"opset {export.OPSET}" in result.out, result.err
+    model = onnx.load(tmp_path / "x.onnx")
+    onnx.checker.check_model(model)
+    assert [i.version for i in model.opset_import if not i.domain] == [export.OPSET]
+    assert [i.name for i in model.graph.input] == ["x_t", "lengths"]
+
+
+def test_onnx_refuses_what_it_cannot_say(trained, command, monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="--window"):
+        export.save_onnx(build("transformer", window=4), tmp_path / "x.onnx")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    result = command("export", "--ckpt", trained, "--onnx", tmp_path / "x.onnx")
+    assert result.code == 2 and "pip install onnx" in result.error() and not list(tmp_path.iterdir())
