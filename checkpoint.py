@@ -194,10 +194,10 @@ def read_export(folder):
         raise RuntimeError(f"{folder / ABOUT} is damaged ({one_line(e)}); export or fetch the folder again") from None
     if not ours:
         raise RuntimeError(f"{folder / ABOUT} is of another version of export.py; export the model again")
-    for name, digest in about["sha256"].items():
+    for name in (WEIGHTS, TOKENIZER):
         if not (folder / name).is_file():
             raise RuntimeError(f"{folder} is no whole export: {name} is missing; export or fetch it again")
-        if sha256(folder / name) != digest:
+        if sha256(folder / name) != about["sha256"].get(name):
             raise RuntimeError(f"{folder / name} is damaged: its sha256 is not the one in {ABOUT}; export it again")
     tokenizer = torch.frombuffer(bytearray((folder / TOKENIZER).read_bytes()), dtype=torch.uint8)
     state = {key: about[key] for key in ("kind", "model_config", "step")}

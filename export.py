@@ -14,6 +14,7 @@ the models of this repository (models/), where it stands beside them anyway.
 
 import dataclasses
 import json
+import logging
 import re
 import shlex
 from pathlib import Path
@@ -271,6 +272,7 @@ def save_onnx(model, path):
     check(
         not getattr(c, "window", 0) and not c.block_length, "--onnx is for models without --window and --block_length"
     )
+    logging.getLogger("torch.onnx._internal.exporter").setLevel(logging.ERROR)  # it warns of libraries not used here
     any_size = torch.export.Dim.DYNAMIC
     example = torch.zeros(2, min(8, c.max_seq_len), dtype=torch.long), torch.tensor([min(8, c.max_seq_len), 1])
     program = torch.onnx.export(
