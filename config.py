@@ -555,7 +555,7 @@ class ExperimentsConfig:
     suite: str = knob(
         "seed",
         "which runs: a name of run_experiments.suites",
-        ("seed", "schedule", "architecture", "optimizer", "tokenizer", "eco", "crossover", "regularise"),
+        ("seed", "schedule", "architecture", "combined", "optimizer", "tokenizer", "eco", "crossover", "regularise"),
     )
     only: str = knob("", "names or globs of the suite's runs, comma-separated: these alone; empty is all")
     seeds: int = knob(1, "runs of each kind, with seeds --seed, --seed + 1, ...")
