@@ -13,6 +13,7 @@ the models of this repository (models/), where it stands beside them anyway.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+import chat
 import checkpoint
 import plot
 import sample_diffusion
@@ -74,12 +76,12 @@ offensive where that text is. It reads and writes at most {T} tokens at once, in
 
 ## Samples
 
-Uncurated: the first of each prompt, seed 1337, temperature 0.7, 64 tokens in {steps} steps.
+Uncurated: the first that sample_diffusion.py writes for each prompt, with its default settings.
 
 {samples}
 """
 USAGE = """
-With transformers, outside of the project:
+With transformers, outside of the project (the code in the folder is under the MIT licence):
 
     from transformers import AutoModel, AutoTokenizer
     model = AutoModel.from_pretrained("{folder}", trust_remote_code=True)
@@ -95,8 +97,9 @@ WHAT = dict(
 
 def command(config, kind):
     """The command line of a run: its flags where they are not the preset's or the script's own."""
-    script = "train_instruct" if config.get("chats") else SCRIPTS[kind]
-    classes = (MaskConfig, checkpoint.MODELS[kind][0], TrainConfig)
+    script, classes = SCRIPTS[kind], (MaskConfig, checkpoint.MODELS[kind][0], TrainConfig)
+    if config.get("chats"):  # what it was tuned on is not known here: --command says it
+        script, classes = "train_instruct", (TrainConfig,)
     defaults = {f.name: f.default for c in classes for f in dataclasses.fields(c) if f.metadata["flag"]}
     defaults |= PRESETS[config.get("preset", "laptop")] | dict(preset="laptop", output_dir=None, data_dir=None)
     given = {k: config[k] for k, default in defaults.items() if k in config and config[k] != default and k != "resume"}
@@ -124,19 +127,23 @@ def figures(result):
 
 
 def written(loaded):
-    """Text of the card: what the model writes after PROMPTS."""
-    steps, limit = 64, loaded.denoiser.config.max_seq_len
-    prompts = [p for p in PROMPTS if len(loaded.tokenizer.encode(p)) <= limit // 2]
-    room = limit - max(len(loaded.tokenizer.encode(p)) for p in prompts or [""])
-    cfg = SampleConfig(steps=steps, max_new_tokens=min(64, room))
-    texts = sample_diffusion.generate(loaded, prompts or [""], cfg).texts
-    lines = [loaded.tokenizer.decode(ids).replace("\n", " ") for ids in texts]
-    return steps, "\n".join(f"- {line}" for line in lines)
+    """Lines of the card: what the model writes after each of PROMPTS, or answers to it, as sample_diffusion.py does."""
+    limit, tokenizer = loaded.denoiser.config.max_seq_len, loaded.tokenizer
+    if loaded.config.get("chats"):
+        ask = functools.partial(sample_diffusion.ask, loaded, cfg=SampleConfig(chat=True))
+        turns = [[dict(role="user", content=p)] for p in PROMPTS]
+        asked = [turn for turn in turns if len(chat.prompt(turn, tokenizer)) <= limit // 2]
+        texts = [f"{turn[0]['content']} → {ask(turn)}" for turn in asked]
+    else:
+        prompts = [p for p in PROMPTS if len(tokenizer.encode(p)) <= limit // 2] or [""]
+        room = limit - max(len(tokenizer.encode(p)) for p in prompts)
+        cfg = SampleConfig(max_new_tokens=min(SampleConfig.max_new_tokens, room))
+        texts = [tokenizer.decode(ids) for ids in sample_diffusion.generate(loaded, prompts, cfg).texts]
+    return "\n".join("- " + text.replace("\n", " ") for text in texts)
 
 
 def card(loaded, cfg, facts, result, parameters):
     kind, config = loaded.kind, loaded.denoiser.config
-    steps, samples = written(loaded)
     trained = [f"{loaded.step:,} steps"] if loaded.step else []
     if facts["seconds"]:
         trained.append(f"{facts['seconds']:,.0f} s of training")
@@ -159,8 +166,7 @@ def card(loaded, cfg, facts, result, parameters):
         command=facts["command"],
         training=", ".join(trained) + ".",
         figures=figures(result),
-        steps=steps,
-        samples=samples,
+        samples=written(loaded),
     )
 
 

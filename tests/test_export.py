@@ -114,7 +114,25 @@ def test_the_card(runs, exported):
     seconds = [json.loads(line)["seconds"] for line in open(runs["transformer"] / "metrics.jsonl", encoding="utf-8")]
     spent = max(s["training"] for s in seconds if "training" in s)
     assert f"{spent:,.0f} s of training, on a test." in text and "12 steps" in text and "Not evaluated yet." in text
-    assert "- mai kal bazaar" in text or "- " in text.split("## Samples")[1]
+    lines = text.split("## Samples")[1].strip().splitlines()[2:]
+    tokenizer = checkpoint.load(exported["transformer"]).tokenizer
+    fit = [p for p in config.PROMPTS if len(tokenizer.encode(p)) <= 16]  # half of the window
+    assert fit and [line.startswith(f"- {p}") for line, p in zip(lines, fit, strict=True)] == [True] * len(fit)
+
+
+def test_the_card_of_a_model_that_answers(trained, tmp_path, monkeypatch):
+    loaded, asked = checkpoint.load(trained), []
+    loaded.config |= dict(chats=True, max_steps=77)
+    monkeypatch.setattr(
+        export.chat, "prompt", lambda turns, tokenizer: [0] * (99 if "मौसम" in turns[0]["content"] else 9)
+    )
+    monkeypatch.setattr(export.sample_diffusion, "ask", lambda loaded, turns, cfg: asked.append((turns, cfg)) or "हाँ।")
+    export.save(loaded, config.ExportConfig(output_dir=str(tmp_path / "x"), command="python mine.py"))
+    text = (tmp_path / "x" / "README.md").read_text("utf-8")
+    assert [t[0]["content"] for t, _ in asked] == [p for p in config.PROMPTS if "मौसम" not in p]  # what fits
+    assert f"- {config.PROMPTS[0]} → हाँ।" in text and "tuned to answer" in text and "python mine.py" in text
+    command = export.command(loaded.config, "transformer")
+    assert command.startswith("python train_instruct.py ") and "--max_steps 77" in command and "d_model" not in command
 
 
 def test_the_command_on_the_card_is_the_one_that_trained(runs):
