@@ -674,16 +674,18 @@ def answer(denoiser, x0, x_t, masked):
 
 
 def starting(loaded, cfg, repeats=3):
-    """Seconds of a whole sample_diffusion.py less those that it says it wrote for: the median of fresh processes."""
+    """Fresh processes of sample_diffusion.py: peak bytes, and medians of their seconds less those that it says it wrote
+    for, and of their CPU seconds in all: a dict."""
     flags = dict(ckpt=loaded.path, max_new_tokens=cfg.tokens, steps=cfg.steps, no_live=True)
-    seconds = []
+    command, seconds, cpu = script_argv("sample_diffusion.py", flags), [], []
+    peak = run_and_watch(command)[1] if Path("/proc/self/status").exists() else None
     for _ in range(repeats):
-        start = time.perf_counter()
-        done = subprocess.run(script_argv("sample_diffusion.py", flags), env=child_environment(),
-                              capture_output=True, text=True, check=True)  # fmt: skip
-        writing = re.search(r"tokens/s \(([\d.]+) s;", done.stdout)[1]
+        start, before = time.perf_counter(), os.times()
+        done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=True)
+        writing, after = re.search(r"tokens/s \(([\d.]+) s;", done.stdout)[1], os.times()
         seconds.append(time.perf_counter() - start - float(writing))
-    return statistics.median(seconds)
+        cpu.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    return dict(seconds=statistics.median(seconds), cpu=statistics.median(cpu), peak_bytes=peak)
 
 
 def inference(argv):
@@ -701,7 +703,7 @@ def inference(argv):
     print(f"{loaded.path}: {sum(p.numel() for p in denoiser.parameters()):,} parameters; {facts['device']}, "
           f"{facts['threads']} threads; {T} tokens in {cfg.steps} steps; {len(x0)} held-out windows\n")  # fmt: skip
     print(f"{'weights':<24}{'MiB':>6}{'KL, nats':>10}{'bound':>8}{'change':>20}{'batch':>7}{'ms a forward':>14}"
-          f"{'s a sample':>12}{'CPU s':>8}{'MiB more':>10}")  # fmt: skip
+          f"{'s a sample':>12}{'CPU s':>8}")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         table = forms(denoiser, Path(folder))
         exact, nats = answer(denoiser, x0, x_t, masked)
@@ -726,16 +728,15 @@ def inference(argv):
                     times["cpu"].append(time.process_time() - cpu)
                     times["sample"].append(seconds)
                     times["forward"].append(timed(forward, torch.device("cpu")))
-                else:
-                    row["peak_bytes"] = peak_of(forward, torch.device("cpu"))
     for row, times in zip(rows, done, strict=True):
         row |= {of: statistics.median(seconds) for of, seconds in times.items()} | dict(all=times)
         print(f"{row['name']:<24}{row['bytes'] / 2**20:>6.1f}{row['kl']:>10.5f}{row['bound']:>8.4f}"
               f"{row['change']:>+11.5f} ± {row['change_error']:.4f}{row['batch']:>7}{1e3 * row['forward']:>14.1f}"
-              f"{row['sample']:>12.3f}{row['cpu']:>8.3f}{(row['peak_bytes'] or 0) / 2**20:>10.1f}")  # fmt: skip
-    seconds = starting(loaded, cfg)
-    print(f"\nstart-up of sample_diffusion.py, imports and loading: {seconds:.2f} s")
-    return cfg, dict(machine=facts, config=dataclasses.asdict(cfg), ckpt=str(loaded.path), rows=rows, start=seconds)
+              f"{row['sample']:>12.3f}{row['cpu']:>8.3f}")  # fmt: skip
+    start = starting(loaded, cfg)
+    print(f"\nsample_diffusion.py: starts (imports, loading) in {start['seconds']:.2f} s; {start['cpu']:.2f} CPU s with "
+          f"one sample; {(start['peak_bytes'] or 0) / 2**20:,.0f} MiB at its peak")  # fmt: skip
+    return cfg, dict(machine=facts, config=dataclasses.asdict(cfg), ckpt=str(loaded.path), rows=rows, start=start)
 
 
 # argv -> config, figures, what failed if it can

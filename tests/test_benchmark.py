@@ -308,13 +308,14 @@ def test_an_unknown_benchmark_is_a_wrong_command(capsys, monkeypatch):
 def test_inference_states_what_each_form_costs(trained, command, monkeypatch, tmp_path):
     """KL and bound computed another way; the seconds are medians of what was measured; a start is what is left over."""
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(benchmark, "starting", lambda *args: 1.5)
+    start = dict(seconds=1.5, cpu=2.5, peak_bytes=3 << 20)
+    monkeypatch.setattr(benchmark, "starting", lambda *args: start)
     argv = ["--ckpt", trained, "--tokens", 16, "--steps", 4, "--windows", 6, "--repeats", 2, "--batches", "1,3"]
     result = command("benchmark", "inference", *argv, "--output", tmp_path / "x.json")
-    assert result.code == 0 and "1.50 s" in result.out, result.err
+    assert result.code == 0 and "1.50 s; 2.50 CPU s with one sample; 3 MiB" in result.out, result.err
     figures = json.loads((tmp_path / "x.json").read_text("utf-8"))
     rows = {(row["name"], row["batch"]): row for row in figures["rows"]}
-    assert [row["batch"] for row in figures["rows"]] == 4 * [1, 3] and figures["start"] == 1.5
+    assert [row["batch"] for row in figures["rows"]] == 4 * [1, 3] and figures["start"] == start
 
     loaded = checkpoint.load(trained)
     denoiser, weights = loaded.denoiser, sum(p.numel() for p in loaded.denoiser.parameters())
@@ -350,7 +351,10 @@ def test_a_start_is_what_is_left_of_a_command(trained, monkeypatch):
 
     monkeypatch.setattr(benchmark.subprocess, "run", run)
     cfg = InferenceConfig(tokens=8, steps=2)
-    assert benchmark.starting(checkpoint.load(trained), cfg) == pytest.approx(3.5)  # the median of 3.5, 2.5, 4.5
+    monkeypatch.setattr(benchmark, "run_and_watch", lambda command: (9.0, 1234))
+    start = benchmark.starting(checkpoint.load(trained), cfg)
+    assert start["seconds"] == pytest.approx(3.5) and start["peak_bytes"] == 1234  # the median of 3.5, 2.5, 4.5
+    assert start["cpu"] == 0  # of no process at all
     assert len(calls) == 3 and calls[0][1].endswith("sample_diffusion.py") and "--no_live" in calls[0]
 
 
