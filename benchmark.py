@@ -734,7 +734,7 @@ def inference(argv):
               f"{row['change']:>+11.5f} ± {row['change_error']:.4f}{row['batch']:>7}{1e3 * row['forward']:>14.1f}"
               f"{row['sample']:>12.3f}{row['cpu']:>8.3f}")  # fmt: skip
     start = starting(loaded, cfg)
-    print(f"\nsample_diffusion.py: starts (imports, loading) in {start['seconds']:.2f} s; {start['cpu']:.2f} CPU s with "
+    print(f"\nsample_diffusion.py: starts, with imports, in {start['seconds']:.2f} s; {start['cpu']:.2f} CPU s with "
           f"one sample; {(start['peak_bytes'] or 0) / 2**20:,.0f} MiB at its peak")  # fmt: skip
     return cfg, dict(machine=facts, config=dataclasses.asdict(cfg), ckpt=str(loaded.path), rows=rows, start=start)
 
