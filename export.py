@@ -5,7 +5,7 @@
     python export.py --ckpt exported/diffusion --onnx exported/diffusion.onnx       # for onnxruntime
     hf upload YOU/NAME exported/diffusion .                                         # as it is
 
-The folder is a run's newest state without what only training needs: `checkpoint.load` takes it wherever it takes a run,
+The folder is a run's best state without what only training needs: `checkpoint.load` takes it wherever it takes a run,
 and `AutoModel.from_pretrained(FOLDER, trust_remote_code=True)` opens it without this project (modeling_nanohindi.py).
 The model card states the figures of eval.json, which evaluate.py writes beside the weights: evaluate the export and
 export it once more, on itself, and the card has the figures of the rounded weights. --no_code leaves the code out, for
@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 import chat
 import checkpoint
+import evaluate
 import plot
 import sample_diffusion
 from config import PRESETS, PROMPTS, ExportConfig, MaskConfig, SampleConfig, TrainConfig, check, parse, run_main
@@ -107,14 +108,15 @@ def command(config, kind):
     return shlex.join(["python", f"{script}.py", *sum(flags, [])])
 
 
-def figures(result):
-    """Lines of the card out of an eval.json (or nothing)."""
+def figures(result, exact=True):
+    """Lines of the card out of an eval.json (or nothing). exact: it is of these very weights."""
     if "bits_per_byte" not in result:
         return "Not evaluated yet."
     what = "Bound on -log p" if result["likelihood"] == "bound" else "Exact -log p"
+    rounded = "" if exact else ", measured before the weights were rounded"
     masks = f", {result['masks']} stratified masks each" if result["masks"] else ""
     lines = [f"{what} of held-out text: {result['windows']} windows of {result['split']}, {result['tokens']:,} tokens, "
-             f"{result['bytes']:,} bytes{masks} (mean ± standard error).", "", "| | |", "|---|---|"]  # fmt: skip
+             f"{result['bytes']:,} bytes{masks} (± standard error){rounded}.", "", "| | |", "|---|---|"]  # fmt: skip
     for name in ("bits_per_byte", "bits_per_character", "nats_per_token"):
         mean, error = result[name]["mean"], result[name]["standard_error"]
         lines.append(f"| {name.replace('_', ' ')} | {mean:.4f} ± {error:.4f} |")
@@ -142,11 +144,11 @@ def written(loaded):
     return "\n".join("- " + text.replace("\n", " ") for text in texts)
 
 
-def card(loaded, cfg, facts, result, parameters):
+def card(loaded, cfg, facts, result, exact, parameters):
     kind, config = loaded.kind, loaded.denoiser.config
-    trained = [f"{loaded.step:,} steps"] if loaded.step else []
+    trained = [f"Step {loaded.step:,} of {loaded.config.get('max_steps', loaded.step):,}"]
     if facts["seconds"]:
-        trained.append(f"{facts['seconds']:,.0f} s of training")
+        trained.append(f"{facts['seconds']:,.0f} s of training in all")
     if facts["hardware"]:
         trained.append(f"on {facts['hardware']}")
     return CARD.format(
@@ -165,7 +167,7 @@ def card(loaded, cfg, facts, result, parameters):
         about=facts["about"] or "Not stated.",
         command=facts["command"],
         training=", ".join(trained) + ".",
-        figures=figures(result),
+        figures=figures(result, exact),
         samples=written(loaded),
     )
 
@@ -206,21 +208,23 @@ def save(loaded, cfg):
     check(not folder.exists() or folder.is_dir(), f"--output_dir {folder} is a file")
     theirs = sorted(p.name for p in folder.iterdir()) if folder.is_dir() and not checkpoint.is_export(folder) else []
     check(not theirs, f"{folder} holds something else ({', '.join(theirs[:3])}); take another --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-
-    facts = facts_of(loaded, cfg)
-    scores = loaded.path.parent / "eval.json"
-    result = json.loads(scores.read_text("utf-8")) if scores.is_file() else {}
+    facts, state = facts_of(loaded, cfg), loaded.denoiser.state_dict()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[cfg.dtype]
-    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in loaded.denoiser.state_dict().items()}
+    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
+    exact = all(torch.equal(weights[k].float(), v.float().cpu()) for k, v in state.items())
     parameters = sum(v.numel() for v in weights.values())
+    which = {"checkpoint": str(loaded.path), "step": loaded.step, "kind": loaded.kind, "ema": cfg.ema}
+    result = evaluate.written(loaded.path.parent / "eval.json")
+    if result and evaluate.unlike(result, which, beside=True):  # of another checkpoint of the run
+        result = {}
     loaded.denoiser.load_state_dict(weights)  # the samples are those of what is given away
+    texts = {"README.md": card(loaded, cfg, facts, result, exact, parameters)}
+    if result and exact:  # else it would be said of weights that were not evaluated
+        texts["eval.json"] = json.dumps(result | {"checkpoint": checkpoint.WEIGHTS}, indent=1, ensure_ascii=False)
 
+    folder.mkdir(parents=True, exist_ok=True)
     checkpoint.replace(folder / checkpoint.WEIGHTS, lambda t: save_file(weights, t, {"format": "pt"}))
     checkpoint.replace(folder / checkpoint.TOKENIZER, lambda t: t.write_bytes(loaded.tokenizer.to_bytes()))
-    texts = {"README.md": card(loaded, cfg, facts, result, parameters)}
-    if result:
-        texts["eval.json"] = json.dumps(result | {"checkpoint": checkpoint.WEIGHTS}, indent=1, ensure_ascii=False)
     about = dict(
         format=1,
         model_type="nanohindi",
@@ -241,6 +245,8 @@ def save(loaded, cfg):
         about |= dict(architectures=["NanoHindi"], auto_map=auto)
         settings = dict(tokenizer_class="NanoHindiTokenizer", auto_map={"AutoTokenizer": auto["AutoTokenizer"]})
         texts["tokenizer_config.json"] = json.dumps(settings, indent=1) + "\n"
+    for name in {"eval.json", "tokenizer_config.json", *(f"{name}.py" for name in CODE)} - texts.keys():
+        (folder / name).unlink(missing_ok=True)  # of an export before
     texts[checkpoint.ABOUT] = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
     for name, text in texts.items():
         checkpoint.replace(folder / name, lambda t, text=text: t.write_text(text, encoding="utf-8"))

@@ -113,11 +113,31 @@ def test_the_card(runs, exported):
     )
     seconds = [json.loads(line)["seconds"] for line in open(runs["transformer"] / "metrics.jsonl", encoding="utf-8")]
     spent = max(s["training"] for s in seconds if "training" in s)
-    assert f"{spent:,.0f} s of training, on a test." in text and "12 steps" in text and "Not evaluated yet." in text
+    step = checkpoint.load(runs["transformer"]).step
+    assert f"Step {step} of 12, {spent:,.0f} s of training in all, on a test." in text and "Not evaluated yet." in text
     lines = text.split("## Samples")[1].strip().splitlines()[2:]
     tokenizer = checkpoint.load(exported["transformer"]).tokenizer
     fit = [p for p in config.PROMPTS if len(tokenizer.encode(p)) <= 16]  # half of the window
     assert fit and [line.startswith(f"- {p}") for line, p in zip(lines, fit, strict=True)] == [True] * len(fit)
+
+
+def test_figures_are_those_of_the_weights(trained, data, tmp_path, command):
+    """Of another step: none. Of the run: none beside rounded weights, and the card says so. What is stale goes."""
+    run, out = Path(shutil.copytree(trained, tmp_path / "run")), tmp_path / "out"
+    card = lambda: (out / "README.md").read_text("utf-8")  # noqa: E731
+    argv = ["--ckpt", run, "--output_dir", out]
+    assert command("evaluate", "--ckpt", run, "--masks", 2).code == 0
+    scores = json.loads((run / "eval.json").read_text("utf-8"))
+    mean = f"{scores['bits_per_byte']['mean']:.4f} ± "
+    assert command("export", *argv, "--dtype", "fp32").code == 0
+    assert mean in card() and "rounded" not in card()
+    kept = json.loads((out / "eval.json").read_text("utf-8"))
+    assert kept == scores | {"checkpoint": "model.safetensors"} and (out / "model.py").exists()
+    assert command("export", *argv, "--no_code").code == 0
+    assert mean in card() and "before the weights were rounded" in card()
+    assert not (out / "eval.json").exists() and not list(out.glob("*.py"))
+    (run / "eval.json").write_text(json.dumps(scores | {"step": scores["step"] + 1}))
+    assert command("export", *argv, "--no_code").code == 0 and "Not evaluated yet." in card()
 
 
 def test_the_card_of_a_model_that_answers(trained, tmp_path, monkeypatch):
