@@ -5,6 +5,7 @@
     python benchmark.py length              # EcoHybrid against attention as the window grows, and a plot
     python benchmark.py sample --ckpt DENOISER --twin AUTOREGRESSIVE     # ways of writing: quality against time, a plot
     python benchmark.py inference --ckpt DENOISER       # a sample on this CPU: seconds, in PyTorch, ONNX, int8; a start
+    python benchmark.py speedrun            # seconds of training until Devdas costs 0.98 bits/byte: the record
 
 A speed alone says more of the machine than of the code: what is compared takes turns in one process, and medians count.
 """
@@ -43,6 +44,7 @@ import frontier
 import optimizer
 import prepare as preparing
 import sampling
+import speedrun
 import tokenizer as tokenizers
 import train_diffusion
 from config import (
@@ -51,6 +53,7 @@ from config import (
     FrontierConfig,
     InferenceConfig,
     PrepareConfig,
+    SpeedrunConfig,
     TrainConfig,
     TransformerConfig,
     check,
@@ -739,8 +742,14 @@ def inference(argv):
     return cfg, dict(machine=facts, config=dataclasses.asdict(cfg), ckpt=str(loaded.path), rows=rows, start=start)
 
 
+def race(argv):
+    (cfg,) = parse(__doc__, SpeedrunConfig, argv=argv)
+    return cfg, dict(machine=machine(torch.device("cpu"))) | speedrun.run(cfg)
+
+
 # argv -> config, figures, what failed if it can
 BENCHMARKS = {"train": train, "prepare": prepare, "length": length, "sample": sample, "inference": inference}
+BENCHMARKS |= {"speedrun": race}
 DRAWINGS = {"length": draw_lengths, "sample": frontier.draw}
 
 
