@@ -4,14 +4,17 @@
     python benchmark.py prepare             # prepare.py: MB/s, and whether its memory grows with the corpus
     python benchmark.py length              # EcoHybrid against attention as the window grows, and a plot
     python benchmark.py sample --ckpt DENOISER --twin AUTOREGRESSIVE     # ways of writing: quality against time, a plot
+    python benchmark.py inference --ckpt DENOISER       # a sample on this CPU: seconds, in PyTorch, ONNX, int8; a start
     python benchmark.py speedrun            # seconds of training until Devdas costs 0.98 bits/byte: the record
 
 A speed alone says more of the machine than of the code: what is compared takes turns in one process, and medians count.
 """
 
 import base64
+import collections
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -36,9 +39,11 @@ import torch.nn.functional as F
 import checkpoint
 import dataset
 import diffusion
+import export
 import frontier
 import optimizer
 import prepare as preparing
+import sampling
 import speedrun
 import tokenizer as tokenizers
 import train_diffusion
@@ -46,6 +51,7 @@ from config import (
     BenchmarkConfig,
     EcoHybridConfig,
     FrontierConfig,
+    InferenceConfig,
     PrepareConfig,
     SpeedrunConfig,
     TrainConfig,
@@ -55,7 +61,7 @@ from config import (
     run_main,
 )
 from eco_hybrid import EcoHybrid
-from machine import pick_device, pick_precision
+from machine import child_environment, pick_device, pick_precision, script_argv
 from model import Transformer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -622,13 +628,128 @@ def sample(argv):
     return cfg, dict(machine=machine(device), config=dataclasses.asdict(cfg)) | frontier.run(cfg, device)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# inference
+
+
+class Session:
+    """An ONNX file of export.py, run by onnxruntime on the CPU, behind what sampling.denoise knows of a denoiser."""
+
+    def __init__(self, path, mask_id):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+        self.session, self.mask_id = onnxruntime.InferenceSession(path, options), mask_id
+
+    def __call__(self, x_t, where=None, lengths=None):
+        lengths = torch.full((len(x_t),), x_t.shape[1]) if lengths is None else lengths
+        (logits,) = self.session.run(None, dict(x_t=x_t.numpy(), lengths=lengths.numpy()))  # (B, T, V)
+        logits = torch.from_numpy(logits)
+        return logits if where is None else logits.flatten(0, 1)[where]
+
+
+@torch.no_grad()
+def forms(denoiser, folder):
+    """name -> (what answers, bytes of its weights in a file): the forms in which weights can be used on a CPU."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    export.save_onnx(denoiser, folder / "fp32.onnx")
+    quantize_dynamic(folder / "fp32.onnx", folder / "int8.onnx")
+    rounded, weights = copy.deepcopy(denoiser), sum(p.numel() for p in denoiser.parameters())
+    for p in rounded.parameters():
+        p.copy_(p.bfloat16())
+    table = {"fp32": (denoiser, 4 * weights), "bf16, computed in fp32": (rounded, 2 * weights)}
+    for name in ("fp32", "int8"):
+        path = folder / f"{name}.onnx"
+        table[f"ONNX {name}"] = Session(path, denoiser.mask_id), path.stat().st_size
+    return table
+
+
+@torch.no_grad()
+def answer(denoiser, x0, x_t, masked):
+    """log-probabilities (N, V) at the hidden places, and each row's mean -log p there (B,)."""
+    where = masked.flatten().nonzero().squeeze(1)  # (N,)
+    logp = torch.cat([denoiser(row[None], at.nonzero().squeeze(1)) for row, at in zip(x_t, masked, strict=True)])
+    logp = logp.float().log_softmax(1)
+    nll = -logp.gather(1, x0.flatten()[where][:, None]).squeeze(1)  # (N,)
+    return logp, torch.stack([part.mean() for part in nll.split(masked.sum(1).tolist())])
+
+
+def starting(loaded, cfg, repeats=3):
+    """Fresh processes of sample_diffusion.py: peak bytes, and medians of their seconds less those that it says it wrote
+    for, and of their CPU seconds in all: a dict."""
+    flags = dict(ckpt=loaded.path, max_new_tokens=cfg.tokens, steps=cfg.steps, no_live=True)
+    command, seconds, cpu = script_argv("sample_diffusion.py", flags), [], []
+    peak = run_and_watch(command)[1] if Path("/proc/self/status").exists() else None
+    for _ in range(repeats):
+        start, before = time.perf_counter(), os.times()
+        done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=True)
+        writing, after = re.search(r"tokens/s \(([\d.]+) s;", done.stdout)[1], os.times()
+        seconds.append(time.perf_counter() - start - float(writing))
+        cpu.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    return dict(seconds=statistics.median(seconds), cpu=statistics.median(cpu), peak_bytes=peak)
+
+
+def inference(argv):
+    (cfg,) = parse(__doc__, InferenceConfig, argv=argv)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    loaded = checkpoint.load(cfg.ckpt or checkpoint.newest_run())
+    denoiser, V = loaded.denoiser, loaded.denoiser.mask_id
+    check(loaded.kind in ("transformer", "eco_hybrid"), f"{loaded.path} is {loaded.kind}, and no denoiser of our own")
+    T = min(cfg.tokens, denoiser.config.max_seq_len)
+    windows = dataset.windows(dataset.load(cfg.data_dir or loaded.config["data_dir"]).val, T)
+    x0 = torch.stack([w for w in windows if len(w) == T][: cfg.windows])  # (n, T)
+    x_t, masked = diffusion.corrupt(x0, V, generator=torch.Generator().manual_seed(0))
+    facts, rows = machine(torch.device("cpu")), []
+    print(f"{loaded.path}: {sum(p.numel() for p in denoiser.parameters()):,} parameters; {facts['device']}, "
+          f"{facts['threads']} threads; {T} tokens in {cfg.steps} steps; {len(x0)} held-out windows\n")  # fmt: skip
+    print(f"{'weights':<24}{'MiB':>6}{'KL, nats':>10}{'bound':>8}{'change':>20}{'batch':>7}{'ms a forward':>14}"
+          f"{'s a sample':>12}{'CPU s':>8}")  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        table = forms(denoiser, Path(folder))
+        exact, nats = answer(denoiser, x0, x_t, masked)
+        for name, (model, size) in table.items():
+            logp, mine = answer(model, x0, x_t, masked)
+            change = mine - nats  # (n,) of the bound, window by window
+            row = dict(name=name, bytes=size, kl=(exact.exp() * (exact - logp)).sum(1).mean().item(),
+                       bound=mine.mean().item(), change=change.mean().item(),
+                       change_error=(change.std() / len(change) ** 0.5).item())  # fmt: skip
+            rows += [row | dict(batch=int(B)) for B in cfg.batches.split(",")]
+        done = [dict(forward=[], sample=[], cpu=[]) for _ in rows]
+        for i in range(cfg.repeats + 1):  # they take turns; the first turn warms up
+            for row, times in zip(rows, done, strict=True):
+                model, x = table[row["name"]][0], torch.full((row["batch"], T), V)
+                where = torch.arange(0, x.numel(), 2)  # half of all places
+                forward = functools.partial(torch.no_grad()(model), x, where)
+                settings = dict(steps=cfg.steps, forbid=loaded.tokenizer.never)
+                writing = sampling.denoise(model, x, generator=torch.Generator().manual_seed(i), **settings)
+                cpu = time.process_time()
+                seconds = timed(functools.partial(collections.deque, writing, maxlen=0), torch.device("cpu"))
+                if i:
+                    times["cpu"].append(time.process_time() - cpu)
+                    times["sample"].append(seconds)
+                    times["forward"].append(timed(forward, torch.device("cpu")))
+    for row, times in zip(rows, done, strict=True):
+        row |= {of: statistics.median(seconds) for of, seconds in times.items()} | dict(all=times)
+        print(f"{row['name']:<24}{row['bytes'] / 2**20:>6.1f}{row['kl']:>10.5f}{row['bound']:>8.4f}"
+              f"{row['change']:>+11.5f} ± {row['change_error']:.4f}{row['batch']:>7}{1e3 * row['forward']:>14.1f}"
+              f"{row['sample']:>12.3f}{row['cpu']:>8.3f}")  # fmt: skip
+    start = starting(loaded, cfg)
+    print(f"\nsample_diffusion.py: starts, with imports, in {start['seconds']:.2f} s; {start['cpu']:.2f} CPU s with "
+          f"one sample; {(start['peak_bytes'] or 0) / 2**20:,.0f} MiB at its peak")  # fmt: skip
+    return cfg, dict(machine=facts, config=dataclasses.asdict(cfg), ckpt=str(loaded.path), rows=rows, start=start)
+
+
 def race(argv):
     (cfg,) = parse(__doc__, SpeedrunConfig, argv=argv)
     return cfg, dict(machine=machine(torch.device("cpu"))) | speedrun.run(cfg)
 
 
 # argv -> config, figures, what failed if it can
-BENCHMARKS = {"train": train, "prepare": prepare, "length": length, "sample": sample, "speedrun": race}
+BENCHMARKS = {"train": train, "prepare": prepare, "length": length, "sample": sample, "inference": inference}
+BENCHMARKS |= {"speedrun": race}
 DRAWINGS = {"length": draw_lengths, "sample": frontier.draw}
 
 

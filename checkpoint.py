@@ -2,6 +2,7 @@
 
     loaded = load("checkpoints/diffusion_hi/best.pt")       # .denoiser .tokenizer .config .step
 
+A folder of export.py, such as those under models/, loads like a run. newest_run() is what commands take by default.
 A checkpoint is enough by itself: weights, averaged weights, optimizers, step, configuration, kind and the tokenizer's
 bytes. No generator has a state worth saving: every random draw of training is a pure function of (seed, step).
 A file is written under a temporary name, fsynced and renamed; its sha256 stands beside it in `NAME.pt.sha256` and is
@@ -11,6 +12,7 @@ checked on load, because torch.load accepts flipped bytes silently. Only tensors
 import dataclasses
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 import hub
 import tokenizer as tokenizers
@@ -36,6 +39,10 @@ MODELS = {  # kind -> (config class, model class)
     "hub_causal": (HubConfig, hub.HubGPT),
 }
 OURS = [kind for kind in MODELS if not kind.startswith("hub")]  # those that are built from sizes
+
+# files of an exported folder, see export.py; the last one names the others' sums and is written last
+WEIGHTS, TOKENIZER, ABOUT = EXPORTED = "model.safetensors", "tokenizer.model", "config.json"
+IN_THE_BOX = Path(__file__).parent / "models"
 
 
 @dataclasses.dataclass
@@ -161,8 +168,44 @@ def build(state):
     return model_class(config_class(**state["model_config"]))
 
 
+def is_export(path):
+    """Whether `path` is a folder of export.py, or what is left of one, or the weights in it; a run folder is not."""
+    path = Path(path)
+    folder = path.parent if path.name == WEIGHTS else path
+    if not folder.is_dir() or any(folder.glob("*.pt")):
+        return False
+    try:
+        return json.loads((folder / ABOUT).read_text("utf-8"))["model_type"] == "nanohindi"
+    except (OSError, ValueError, KeyError, TypeError):
+        return any((folder / name).is_file() for name in (WEIGHTS, TOKENIZER))
+
+
+def read_export(folder):
+    """(state as of a .pt, path of the weights) of a folder of export.py; weights as they lie there, bf16 perhaps.
+
+    Raises RuntimeError if a file is missing, damaged or not ours.
+    """
+    try:
+        about = json.loads((folder / ABOUT).read_text("utf-8"))
+        ours = about.get("format") == 1 and about.get("kind") in OURS
+    except FileNotFoundError:
+        raise RuntimeError(f"{folder} is no whole export: {ABOUT} is missing; export or fetch it again") from None
+    except (ValueError, AttributeError) as e:
+        raise RuntimeError(f"{folder / ABOUT} is damaged ({one_line(e)}); export or fetch the folder again") from None
+    if not ours:
+        raise RuntimeError(f"{folder / ABOUT} is of another version of export.py; export the model again")
+    for name in (WEIGHTS, TOKENIZER):
+        if not (folder / name).is_file():
+            raise RuntimeError(f"{folder} is no whole export: {name} is missing; export or fetch it again")
+        if sha256(folder / name) != about["sha256"].get(name):
+            raise RuntimeError(f"{folder / name} is damaged: its sha256 is not the one in {ABOUT}; export it again")
+    tokenizer = torch.frombuffer(bytearray((folder / TOKENIZER).read_bytes()), dtype=torch.uint8)
+    state = {key: about[key] for key in ("kind", "model_config", "step")}
+    return state | dict(model=load_file(folder / WEIGHTS), ema={}, tokenizer=tokenizer, config=about["run"])
+
+
 def load(path, device="cpu", ema=True):
-    """A .pt file, or a run folder (its best.pt, else its newest), as a Loaded, the denoiser in eval mode.
+    """A .pt file, a run folder (its best.pt, else its newest) or an export, as a Loaded, the denoiser in eval mode.
 
     hub:NAME is a pretrained model of the hub, hub:FOLDER one saved by transformers; see hub.load.
     ema: the averaged weights where the run kept them. Raises as `read` does.
@@ -171,7 +214,10 @@ def load(path, device="cpu", ema=True):
         denoiser, tokenizer, kind = hub.load(str(path).removeprefix("hub:"), device)
         return Loaded(denoiser, tokenizer, dict(kind=kind), 0, kind, Path(path))
     path = Path(path)
-    if path.is_dir():
+    if is_export(path):
+        folder = path.parent if path.name == WEIGHTS else path
+        state, path = read_export(folder), folder / WEIGHTS
+    elif path.is_dir():
         state, path = (read(path / "best.pt"), path / "best.pt") if (path / "best.pt").is_file() else read_newest(path)
     else:
         state = read(path)
@@ -181,12 +227,35 @@ def load(path, device="cpu", ema=True):
     return Loaded(denoiser.to(device).eval(), tokenizer, state["config"], state["step"], state["kind"], path)
 
 
-def newest_run(root="checkpoints"):
-    """The run folder under `root` that was written last: what sampling and evaluation take by default."""
+def is_chat(run):
+    """Whether a run folder's model was tuned to answer, by its config.json."""
+    try:
+        return bool(json.loads((run / ABOUT).read_text("utf-8")).get("chats"))
+    except (OSError, ValueError):
+        return False
+
+
+def newest_run(root="checkpoints", chat=False):
+    """What commands take where no --ckpt is named, said on stderr: the run folder under `root` that was written last.
+
+    Where there is none, a model that came with the code: models/diffusion. chat: of the runs those that were tuned to
+    answer, else models/chat, before any other. Raises FileNotFoundError if there is nothing.
+    """
     runs = {p.parent for name in ("best.pt", "latest.pt") for p in Path(root).glob(f"*/{name}")}
-    if not runs:
+    tuned = {run for run in runs if is_chat(run)} if chat else set()
+    if tuned:
+        runs = tuned
+    elif chat and is_export(IN_THE_BOX / "chat"):
+        runs = set()
+    if runs:
+        found, what = max(runs, key=lambda run: max(p.stat().st_mtime for p in run.glob("*.pt"))), "your newest run"
+    else:
+        names = ("chat", "diffusion") if chat else ("diffusion",)
+        found, what = next((IN_THE_BOX / n for n in names if is_export(IN_THE_BOX / n)), None), "trained beforehand"
+    if not found:
         raise FileNotFoundError(f"no run under {root}/; `make quickstart` trains one in minutes, or name a --ckpt")
-    return max(runs, key=lambda run: max(p.stat().st_mtime for p in run.glob("*.pt")))
+    print(f"note: no --ckpt is named, taking {found} ({what})", file=sys.stderr)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

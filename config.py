@@ -318,7 +318,11 @@ class InstructConfig:
 
 @dataclass
 class SampleConfig:
-    ckpt: str = knob("", "a .pt file, a run folder or hub:NAME; empty takes the newest run under checkpoints/")
+    ckpt: str = knob(
+        "",
+        "a .pt file, a folder of a run or of export.py, or hub:NAME; empty takes the newest run under checkpoints/, "
+        "and where there is none a model of models/",
+    )
     tokenizer: str = knob("", "tokenizer.model to insist on; the checkpoint carries its own")
     prompt: str = knob(
         "",
@@ -375,7 +379,9 @@ class SampleConfig:
 @dataclass
 class EvaluateConfig:
     ckpt: str = knob(
-        "", "a .pt file, a run folder or hub:NAME, or several with commas; empty is the newest under checkpoints/"
+        "",
+        "a .pt file, a run folder or hub:NAME, or several with commas; empty is the newest under checkpoints/, else "
+        "models/diffusion",
     )
     against: str = knob("", "as many evaluated run folders with commas: print what --ckpt is better by, pair by pair")
     data_dir: str = knob("", "folder written by prepare.py; empty takes the one the checkpoint was trained on")
@@ -420,6 +426,26 @@ class HubExportConfig:
     ckpt: str = knob("", "a .pt file or a run folder of a tuned hub model; empty is the newest under checkpoints/")
     output_dir: str = knob("hub_model", "new folder for weights, tokenizer and model card")
     license: str = knob("other", "licence of the new weights, as the hub names licences; mind that of the first model")
+    ema: bool = knob(True, "use the averaged weights")
+
+
+@dataclass
+class ExportConfig:
+    """python export.py."""
+
+    ckpt: str = knob("", "a .pt file, or a folder of a run or of export.py; empty is the newest under checkpoints/")
+    output_dir: str = knob(
+        "", "folder for weights, config, tokenizer, model card and code; an export there is replaced"
+    )
+    dtype: str = knob("bf16", "precision of the weights in the folder", ("bf16", "fp32"))
+    onnx: str = knob("", "file that receives the model as ONNX, in fp32 (needs the development packages)")
+    license: str = knob("", "licence of the weights, as the hub names licences; empty: as exported before, else mit")
+    about: str = knob(
+        "", "Markdown for the model card on data, its licence and attribution, or the path of an .md file"
+    )
+    hardware: str = knob("", "what the model was trained on, for the card")
+    command: str = knob("", "the command that trained it, for the card; empty tells it from the run")
+    code: bool = knob(True, "put the code for transformers into the folder")
     ema: bool = knob(True, "use the averaged weights")
 
 
@@ -484,6 +510,28 @@ class FrontierConfig:
         check(self.threads >= 0, f"--threads is {self.threads}, needs to be 0 or more")
         check(0 < self.temperature < math.inf, f"--temperature is {self.temperature}, needs to be above 0")
         check(0 < self.top_p <= 1, f"--top_p is {self.top_p}, needs 0 < top_p <= 1")
+
+
+@dataclass
+class InferenceConfig:
+    """benchmark.py inference."""
+
+    ckpt: str = knob("", "the denoiser: a .pt file, or a folder of a run or of export.py; empty is the newest run")
+    data_dir: str = knob("", "folder written by prepare.py; empty takes the one --ckpt was trained on")
+    output: str = knob("", "where the figures go; empty is checkpoints/benchmark_inference.json")
+    tokens: int = knob(64, "tokens a sample, no prompt")
+    steps: int = knob(16, "forwards a sample")
+    batches: str = knob("1,16", "samples written at once, comma-separated")
+    windows: int = knob(64, "windows of held-out text that show what rounding costs, at most")
+    repeats: int = knob(5, "how often what is compared takes turns; medians are reported")
+    threads: int = knob(0, "CPU threads; 0 leaves PyTorch's choice")
+
+    def __post_init__(self):
+        for name in ("tokens", "steps", "windows", "repeats"):
+            check(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}, needs to be 1 or more")
+        check(self.threads >= 0, f"--threads is {self.threads}, needs to be 0 or more")
+        right = all(n.strip().isdecimal() and int(n) > 0 for n in self.batches.split(","))
+        check(right, f"--batches is {self.batches!r}, needs numbers from 1 on between commas")
 
 
 @dataclass

@@ -239,7 +239,7 @@ def talk(loaded, cfg):
 
 def main():
     (cfg,) = parse(__doc__, SampleConfig)
-    loaded = checkpoint.load(cfg.ckpt or checkpoint.newest_run(), pick_device(cfg.device), cfg.ema)
+    loaded = checkpoint.load(cfg.ckpt or checkpoint.newest_run(chat=cfg.chat), pick_device(cfg.device), cfg.ema)
     tokenizer, mask_id = loaded.tokenizer, loaded.denoiser.mask_id
     if cfg.tokenizer:
         given = checkpoint.sha256(cfg.tokenizer)

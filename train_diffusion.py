@@ -198,6 +198,7 @@ def train(kind, mask, sizes, run, quiet=False):
     # --- run folder; resume
     config = dict(kind=kind, **dataclasses.asdict(mask), **dataclasses.asdict(sizes), **dataclasses.asdict(run))
     config |= dict(rows_a_step=n_parts * run.batch_size, data_sha256=data.hash, tokenizer_sha256=tokenizer.sha256)
+    config |= dict(chats=data.answers is not None)
     step, best, overflows, seconds = 0, math.inf, 0, 0.0
     if run.resume:
         state, path = checkpoint.read_newest(out)

@@ -236,9 +236,9 @@ def make_data(cfg, tokenizer, T, folder):
 
 
 def of_hub(name):
-    """`--init google/muril-base-cased`, or a folder that holds no .pt, is a model of the hub."""
+    """`--init google/muril-base-cased`, or a folder that holds nothing of ours, is a model of the hub."""
     path = Path(name)
-    ours = name.startswith("hub:") or path.suffix == ".pt" or (path / "best.pt").is_file() or any(path.glob("*.pt"))
+    ours = name.startswith("hub:") or path.suffix == ".pt" or any(path.glob("*.pt")) or checkpoint.is_export(path)
     return name if ours else f"hub:{name}"
 
 

@@ -128,7 +128,7 @@ class Result:
 
     def error(self):
         """The one line of a refusal; asserts that there is nothing else but warnings."""
-        lines = [x for x in self.err.splitlines() if not re.search(r"^$|^warning: ", x)]
+        lines = [x for x in self.err.splitlines() if not re.search(r"^$|^(warning|note): ", x)]
         assert len(lines) == 1 and lines[0].startswith("error: "), self.err
         return lines[0]
 

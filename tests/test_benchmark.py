@@ -4,6 +4,7 @@ import functools
 import json
 import statistics
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import checkpoint
 import dataset
 import diffusion
 import tokenizer as tokenizers
-from config import EcoHybridConfig, MaskConfig, TrainConfig, TransformerConfig, run_main
+from config import EcoHybridConfig, InferenceConfig, MaskConfig, TrainConfig, TransformerConfig, run_main
 
 SIZES = (
     "--d_model 32 --n_layers 2 --n_heads 2 --d_ff 64 --vocab_size 300 --seq_len 16 --batch_size 4 --grad_accum 2 "
@@ -298,3 +299,65 @@ def test_an_unknown_benchmark_is_a_wrong_command(capsys, monkeypatch):
     assert code == 2 and "train, prepare, length" in err and err.count("\n") == 1
     assert command(capsys, monkeypatch, "train", "--unknown", 1)[0] == 2
     assert command(capsys, monkeypatch, "--help")[0] == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# inference
+
+
+def test_inference_states_what_each_form_costs(trained, command, monkeypatch, tmp_path):
+    """KL and bound computed another way; the seconds are medians of what was measured; a start is what is left over."""
+    pytest.importorskip("onnxruntime")
+    start = dict(seconds=1.5, cpu=2.5, peak_bytes=3 << 20)
+    monkeypatch.setattr(benchmark, "starting", lambda *args: start)
+    argv = ["--ckpt", trained, "--tokens", 16, "--steps", 4, "--windows", 6, "--repeats", 2, "--batches", "1,3"]
+    result = command("benchmark", "inference", *argv, "--output", tmp_path / "x.json")
+    assert result.code == 0 and "1.50 s; 2.50 CPU s with one sample; 3 MiB" in result.out, result.err
+    figures = json.loads((tmp_path / "x.json").read_text("utf-8"))
+    rows = {(row["name"], row["batch"]): row for row in figures["rows"]}
+    assert [row["batch"] for row in figures["rows"]] == 4 * [1, 3] and figures["start"] == start
+
+    loaded = checkpoint.load(trained)
+    denoiser, weights = loaded.denoiser, sum(p.numel() for p in loaded.denoiser.parameters())
+    val = torch.from_numpy(dataset.load(loaded.config["data_dir"]).val.astype("int64"))
+    x0 = val[: 6 * 16].view(6, 16)
+    nats = diffusion.bound(denoiser, x0, torch.Generator().manual_seed(0)).mean().item()
+    plain, rounded = rows["fp32", 1], rows["bf16, computed in fp32", 1]
+    assert plain["bound"] == pytest.approx(nats, rel=1e-5) and plain["kl"] == plain["change"] == 0
+    assert (plain["bytes"], rounded["bytes"]) == (4 * weights, 2 * weights)
+    x_t, masked = diffusion.corrupt(x0, denoiser.mask_id, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        p = denoiser(x_t)[masked].log_softmax(1)
+        for parameter in denoiser.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+        q = denoiser(x_t)[masked].log_softmax(1)
+    kl = torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True).item()
+    assert rounded["kl"] == pytest.approx(kl, rel=0.1) and kl > 0  # differences of numbers near each other
+    assert abs(rows["ONNX fp32", 1]["kl"]) < rows["ONNX int8", 3]["kl"] < 1
+    for row in figures["rows"]:
+        assert len(row["all"]["sample"]) == 2 and row["sample"] == statistics.median(row["all"]["sample"])
+        assert row["bound"] - plain["bound"] == pytest.approx(row["change"], abs=1e-5)
+
+
+def test_a_start_is_what_is_left_of_a_command(trained, monkeypatch):
+    clock, calls = iter([0.0, 4.0, 10.0, 13.0, 20.0, 25.0]), []
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
+
+    def run(command, **kwargs):
+        calls.append(command)
+        return mock.Mock(
+            stdout="text\n\n64 tokens in 16 forwards, 4.0 tokens a forward, 320 tokens/s (0.50 s; x, step 1)"
+        )
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    cfg = InferenceConfig(tokens=8, steps=2)
+    monkeypatch.setattr(benchmark, "run_and_watch", lambda command: (9.0, 1234))
+    start = benchmark.starting(checkpoint.load(trained), cfg)
+    assert start["seconds"] == pytest.approx(3.5) and start["peak_bytes"] == 1234  # the median of 3.5, 2.5, 4.5
+    assert start["cpu"] == 0  # of no process at all
+    assert len(calls) == 3 and calls[0][1].endswith("sample_diffusion.py") and "--no_live" in calls[0]
+
+
+def test_inference_is_for_denoisers(twin, command):
+    result = command("benchmark", "inference", "--ckpt", twin)
+    assert result.code == 2 and "no denoiser" in result.error()

@@ -117,6 +117,41 @@ def test_a_prompt_is_continued(sample, forwards, strategy):
     assert counted(sample(*argv))[0] == text
 
 
+def test_sampling_imports_little(trained):
+    """A process of its own, from its start to its end; everything that takes long to import and is not needed."""
+    code = "import runpy, sys\ntry: runpy.run_path(sys.argv[0], run_name='__main__')\nexcept SystemExit: pass\n"
+    code += "print(*sys.modules, file=sys.stderr)"
+    argv = ["--ckpt", str(trained), "--prompt", "राम", "--max_new_tokens", "4", "--steps", "2"]
+    start = f"import sys; sys.argv = {[f'{ROOT}/sample_diffusion.py', *argv]!r}; sys.path.insert(0, {str(ROOT)!r})\n"
+    done = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, timeout=120)
+    modules = set(done.stderr.splitlines()[-1].split())
+    assert done.stdout.startswith("राम") and {"torch", "sampling", "sentencepiece"} <= modules, done.stderr
+    slow = {
+        "transformers",
+        "tokenizers",
+        "huggingface_hub",
+        "datasets",
+        "pyarrow",
+        "pandas",
+        "matplotlib",
+        "plotly",
+        "scipy",
+    }
+    slow |= {
+        "torch._dynamo",
+        "torch._inductor",
+        "sympy",
+        "triton",
+        "onnx",
+        "onnxruntime",
+        "wandb",
+        "tiktoken",
+        "prepare",
+    }
+    slow |= {"train_diffusion", "evaluate", "gradio", "indic_transliteration", "sklearn"}
+    assert not slow & modules, slow & modules
+
+
 def test_confidence_stop(sample, forwards):
     """Any token is surer than nothing: one forward, the text of --steps 1. None is surer than 1: no difference."""
     argv = ["--prompt", "राम", "--max_new_tokens", 12, "--steps"]
