@@ -289,6 +289,7 @@ class SampleConfig:
     live: bool = knob(True, "show the text appear when standard output is a terminal")
     html: str = knob("", "write a self-contained replay of the first sample to this file")
     json: str = knob("", "write the trace of the first sample to this file")
+    gif: str = knob("", "write the first sample appearing as an animated GIF to this file")
     device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
     ema: bool = knob(True, "use the averaged weights")
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 import checkpoint
+import gif
 import sampling
 import traces
 from config import SampleConfig, check, parse, run_main
@@ -96,6 +97,20 @@ class Samples:
     rows: list  # the row of the batch that each sample is, and how long it is
 
 
+def decoding(loaded, x, lengths, cfg, blanks=False, observe=None):
+    """The Steps that fill x (B, T) as cfg (a SampleConfig) says, and draw no token that is no text. blanks: nor EOS."""
+    denoiser, tokenizer = loaded.denoiser, loaded.tokenizer
+    never = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id]
+    if blanks:
+        never.append(tokenizer.eos_id)  # it has no text: a blank would show fewer tokens than it was given
+    drawing = {k: getattr(cfg, k) for k in ("temperature", "top_k", "top_p", "no_repeat")}
+    drawing |= dict(min_new=cfg.min_new_tokens, eos_id=None if blanks else tokenizer.eos_id, forbid=never)
+    drawing |= dict(lengths=lengths, generator=torch.Generator().manual_seed(cfg.seed), observe=observe)
+    if hasattr(denoiser, "extend"):
+        return sampling.write(denoiser, x, **drawing)
+    return sampling.denoise(denoiser, x, **{k: getattr(cfg, k) for k in CHOOSING}, **drawing)
+
+
 def generate(loaded, prompts, cfg, on_step=None):
     """Samples for each prompt, cfg.num_samples each, in one batch. on_step(step, length of row 0) sees each step.
 
@@ -114,19 +129,8 @@ def generate(loaded, prompts, cfg, on_step=None):
             rows += options
     x, lengths = right_padded(rows, tokenizer.pad_id, next(denoiser.parameters()).device)
     given, log_p, steps = x != denoiser.mask_id, torch.zeros(x.shape, device=x.device), []
-    never = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id]
-    if blanks:
-        never.append(tokenizer.eos_id)  # it has no text: a blank would show fewer tokens than it was given
     start, seconds = time.perf_counter(), []
-    drawing = {k: getattr(cfg, k) for k in ("temperature", "top_k", "top_p", "no_repeat")}
-    drawing |= dict(min_new=cfg.min_new_tokens, eos_id=None if blanks else tokenizer.eos_id, forbid=never)
-    drawing |= dict(lengths=lengths, generator=torch.Generator().manual_seed(cfg.seed))
-    if causal:
-        decoding = sampling.write(denoiser, x, **drawing)
-    else:
-        choosing = {k: getattr(cfg, k) for k in CHOOSING}
-        decoding = sampling.denoise(denoiser, x, **choosing, **drawing)
-    for step in decoding:
+    for step in decoding(loaded, x, lengths, cfg, blanks):
         log_p += torch.where(step.revealed, step.confidence.clamp(min=1e-9).log(), 0.0)
         steps.append(step)
         seconds.append(time.perf_counter() - start)
@@ -183,7 +187,8 @@ def main():
         f"{written / max(1, forwards):.1f} tokens a forward, {written / seconds:,.0f} tokens/s "
         f"({seconds:.2f} s; {loaded.path}, step {loaded.step:,})"
     )
-    for path, write in ((cfg.html, trace.save_html), (cfg.json, trace.save)):
+    save_gif = lambda path: gif.save(trace.to_dict(), path)  # noqa: E731
+    for path, write in ((cfg.html, trace.save_html), (cfg.json, trace.save), (cfg.gif, save_gif)):
         if path:
             write(path)
             print(f"wrote {path}")

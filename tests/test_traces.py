@@ -275,7 +275,7 @@ def test_the_player_needs_nothing_and_writes_text_only():
     assert not regex.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|fetch\(|XMLHttp", player)
     assert not regex.search(r"""(src|href)\s*=|@import|url\(""", player)
     assert regex.findall(r"https?://[^\"]*", player) == ["http://www.w3.org/2000/svg"]
-    assert "default-src 'none'" in player and "prefers-color-scheme: dark" in player and 'lang="hi"' in player
+    assert "default-src 'none'" in player and "light-dark(" in player and 'lang="hi"' in player
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
