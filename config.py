@@ -312,6 +312,22 @@ class SampleConfig:
 
 
 @dataclass
+class AppConfig:
+    ckpt: str = knob(
+        "", "run folders, .pt files or hub:NAME, comma-separated; empty: every run under checkpoints/ and models/"
+    )
+    port: int = knob(7860, "where the app listens")
+    host: str = knob("", "address to bind to; empty is this machine alone, or what GRADIO_SERVER_NAME says")
+    share: bool = knob(False, "a public link through Gradio's servers, for 72 hours")
+    queue: int = knob(64, "requests that may wait; more are refused")
+    device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
+
+    def __post_init__(self):
+        check(0 < self.port < 65536, f"--port is {self.port}, needs to be from 1 to 65535")
+        check(self.queue >= 1, f"--queue is {self.queue}, needs to be 1 or more")
+
+
+@dataclass
 class EvaluateConfig:
     ckpt: str = knob("", "a .pt file or a run folder, or several with commas; empty is the newest under checkpoints/")
     against: str = knob("", "as many evaluated run folders with commas: print what --ckpt is better by, pair by pair")

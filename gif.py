@@ -15,15 +15,20 @@ SIZE, WIDTH, EDGE = 26, 720, 24  # pixels
 
 
 def find_font():
-    """The path of an installed Devanagari font. Raises ValueError if there is none."""
+    """The path of an installed Devanagari font, one with Latin letters too where there is one: romanised Hindi is text
+    here. Raises ValueError if there is none."""
     from matplotlib import font_manager
 
+    found = []
     for family in FAMILIES:
         try:
-            return font_manager.findfont(font_manager.FontProperties(family=family), fallback_to_default=False)
+            wanted = font_manager.FontProperties(family=family)
+            found.append(font_manager.findfont(wanted, fallback_to_default=False))
         except ValueError:
             continue
-    raise ValueError("a GIF needs a Devanagari font; install one, such as Debian's fonts-lohit-deva")
+    if not found:
+        raise ValueError("a GIF needs a Devanagari font; install one, such as Debian's fonts-lohit-deva")
+    return max(found, key=lambda path: ord("a") in font_manager.get_font(path).get_charmap())  # the first of equals
 
 
 def shade(confidence):
@@ -105,4 +110,6 @@ def save(trace, path):
     images = [frame(step["units"], font, height).quantize(64) for step in steps]
     pace = min(700, max(70, 9000 // len(steps)))  # milliseconds, as the player's
     durations = [pace] * (len(images) - 1) + [3000]
-    images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=False)
+    images[0].save(
+        path, format="GIF", save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=False
+    )

@@ -35,6 +35,8 @@ def canvases(prompt, tokenizer, mask_id, max_new_tokens, limit):
     Raises ValueError if one is longer than `limit`, or if there is nothing to fill.
     """
     pieces = BLANK.split(prompt)  # text, length or None, text, ...
+    holes = sum(int(n or 1) for n in pieces[1::2]) if pieces[1:] else max_new_tokens
+    check(holes <= limit, f"what is to be written takes {holes} tokens, the model's window holds {limit}; ask for less")
     if len(pieces) == 1:
         rows = [tokenizer.encode(prompt) + [mask_id] * max_new_tokens]
     else:

@@ -12,8 +12,9 @@
          "top": {position: [entropy in nats, [[id, probability], ...]]}}]}
 
 steps[0] is the canvas before the first forward. `top` and `pieces` stand there where someone watched (see Watch): what
-the model thought of a position when it looked at it for the step. A unit is what a reader sees as one thing: a grapheme cluster, an open
-position, or a special token (no text). Its state is one of STATES; the open ones, OPEN, are as many as there are MASKs.
+the model thought of a position when it looked at it for the step. A unit is what a reader sees as one thing: a grapheme
+cluster, an open position, or a special token (no text). Its state is one of STATES; the open ones, OPEN, are as many as
+there are MASKs.
 """
 
 import itertools
