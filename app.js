@@ -36,13 +36,18 @@ const show = () => {
   });
 };
 watch("value", show);
-watch("lang", () => frames.forEach(frame => post(frame, { lang: props.lang })));
+const replay = element.querySelector(".replay");
+const speak = () => {
+  frames.forEach(frame => post(frame, { lang: props.lang }));
+  if (replay) replay.textContent = props.labels[props.lang];
+};
+watch("lang", speak);
 new MutationObserver(() => frames.forEach(frame => post(frame, { dark: dark() })))
   .observe(document.body, { attributeFilter: ["class"] });
 show();
+speak();
 
 // one clock for all panes: each shows what it had after the same time
-const replay = element.querySelector(".replay");
 if (replay) replay.onclick = () => {
   const last = Math.max(...shown.map(s => JSON.parse(s).trace?.steps.at(-1)?.seconds ?? 0));
   const start = performance.now(), pace = Math.min(1, Math.max(.1, last / 4));  // short races in slow motion

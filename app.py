@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported: its profiler is to be silent
 
 import torch
 
@@ -242,7 +243,7 @@ def bars(title, names, values, unit, errors=None):
 
 
 def questions(folders, words):
-    """Accuracy with its 95 % interval out of each eval.json that has one, as bars; None if none has."""
+    """Accuracy with its 95 % interval out of each eval.json that has one, as bars: an update of a plot."""
     found = []
     for folder in folders:
         try:
@@ -251,11 +252,12 @@ def questions(folders, words):
         except (OSError, ValueError, KeyError, TypeError):
             continue
     if not found:
-        return None
+        return gr.update(visible=False)
     names, mean, low, high, n = zip(*found, strict=True)
     errors = dict(type="data", symmetric=False, array=[h - m for h, m in zip(high, mean, strict=True)],
                   arrayminus=[m - l for m, l in zip(mean, low, strict=True)])  # fmt: skip
-    return bars(words["questions"], [f"{a} (n = {k})" for a, k in zip(names, n, strict=True)], mean, "", errors)
+    drawn = bars(words["questions"], [f"{a} (n = {k})" for a, k in zip(names, n, strict=True)], mean, "", errors)
+    return gr.update(value=drawn, visible=True)
 
 
 def heat(found, tokens):
@@ -312,9 +314,10 @@ def build(models, cfg):
 
     def stage(panes=1, edit=False, **more):
         """panes players side by side; each is told what to show by a JSON list of messages."""
-        replay = '<p><button class="replay">▶</button> <span>0.00 s</span></p>' if panes > 1 else ""
+        replay = '<p><button class="replay"></button> <span></span></p>' if panes > 1 else ""
         page, script = traces.PLAYER.read_text("utf-8"), (HERE / "app.js").read_text("utf-8")
-        props = dict(page=page, panes=panes, edit=edit, lang="en")
+        labels = {lang: "▶ " + words["replay"] for lang, words in TEXTS.items()}
+        props = dict(page=page, panes=panes, edit=edit, lang="en", labels=labels)
         component = gr.HTML(html_template=f'<div class="stage"></div>{replay}', js_on_load=script, **props, **more)
         stages.append(component)
         return component
@@ -629,7 +632,7 @@ def build(models, cfg):
             with gr.Row():
                 speed, memory = gr.Plot(show_label=False), gr.Plot(show_label=False)
             with gr.Row():
-                front, quizzed = gr.Plot(show_label=False), gr.Plot(show_label=False, value=None)
+                front, quizzed = gr.Plot(show_label=False), gr.Plot(show_label=False, visible=False)
         asked = [
             left,
             right,
