@@ -1,6 +1,6 @@
 # make quickstart   set-up, default corpus, training, sampling, a report: minutes on two CPU cores
 # make test         set-up and the whole test suite
-# make setup        only the environment in .venv, with the core; make setup-all adds hub data sets and the tests' needs
+# make setup        only the environment in .venv, with the core; make setup-all adds the web app, hub data sets, tests
 # make clean        forget the quickstart's data and run
 
 PYTHON ?= python3

@@ -1,6 +1,7 @@
 // In gr.HTML's js_on_load: iframes with player.html, and messages to and from them. props.value is a JSON list, one message
 // a pane or null. The frames are sandboxed without an origin: nothing that is shown in one can reach this page.
 const frames = [];
+const language = () => props.labels[document.documentElement.lang] ? document.documentElement.lang : "en";
 const dark = () => document.body.classList.contains("dark");
 const post = (frame, message) => frame.ready ? frame.contentWindow.postMessage(message, "*") : frame.waiting.push(message);
 for (let i = 0; i < props.panes; i++) {
@@ -19,7 +20,7 @@ addEventListener("message", ({ source, data }) => {
   if (!frame || !data) return;
   if (data.ready) {
     frame.ready = true;
-    post(frame, { lang: props.lang, dark: dark(), edit: props.edit });
+    post(frame, { lang: language(), dark: dark(), edit: props.edit });
     for (const message of frame.waiting.splice(0)) post(frame, message);
   }
   if (data.height > 0) frame.style.height = `${Math.min(4000, Math.ceil(data.height) + 2)}px`;
@@ -38,10 +39,10 @@ const show = () => {
 watch("value", show);
 const replay = element.querySelector(".replay");
 const speak = () => {
-  frames.forEach(frame => post(frame, { lang: props.lang }));
-  if (replay) replay.textContent = props.labels[props.lang];
+  frames.forEach(frame => post(frame, { lang: language() }));
+  if (replay) replay.textContent = props.labels[language()];
 };
-watch("lang", speak);
+new MutationObserver(speak).observe(document.documentElement, { attributeFilter: ["lang"] });
 new MutationObserver(() => frames.forEach(frame => post(frame, { dark: dark() })))
   .observe(document.body, { attributeFilter: ["class"] });
 show();

@@ -36,8 +36,9 @@ MODEL = dict(concurrency_id="model", concurrency_limit=1)  # events that compute
 SENTENCE = "पार्वती ने कहा, मैं कल घर जाऊँगी।"
 EXAMPLES = ["एक दिन", "पार्वती ने कहा", "देवदास ___ चला गया", "mai kal bazaar gaya tha"]
 CSS = """
-.stage { display: flex; flex-wrap: wrap; gap: 12px; } .gradio-container { max-width: 1180px !important; margin: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; } .scroll { overflow-x: auto; }
+.stage { display: flex; flex-wrap: wrap; gap: 12px; }
+.gradio-container { max-width: min(1180px, 100vw) !important; margin: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; } .scroll { overflow-x: auto; max-width: 100%; }
 .numbers td, .numbers th { padding: .25rem .6rem; text-align: right; white-space: nowrap; }
 .words td { padding: .25rem .6rem; white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; }
 """
@@ -56,7 +57,7 @@ watch("value", () => { frame.hidden = !props.value; frame.srcdoc = props.value; 
 
 def build(models, cfg):
     """The page, a gr.Blocks, for models {name: path}."""
-    do, names, spoken, stages = app_work.handlers(models, cfg), list(models), [], []  # spoken: what has a language
+    do, names, spoken = app_work.handlers(models, cfg), list(models), []  # spoken: what has a language
 
     def say(make, keys, **more):
         """A component whose texts {property: key of TEXTS} change with the language."""
@@ -73,10 +74,8 @@ def build(models, cfg):
         replay = '<p><button class="replay"></button> <span></span></p>' if panes > 1 else ""
         page, script = traces.PLAYER.read_text("utf-8"), HERE.joinpath("app.js").read_text("utf-8")
         labels = {lang: "▶ " + words["replay"] for lang, words in TEXTS.items()}
-        props = dict(page=page, panes=panes, edit=edit, lang="en", labels=labels)
-        component = gr.HTML(html_template=f'<div class="stage"></div>{replay}', js_on_load=script, **props, **more)
-        stages.append(component)
-        return component
+        props = dict(page=page, panes=panes, edit=edit, labels=labels)
+        return gr.HTML(html_template=f'<div class="stage"></div>{replay}', js_on_load=script, **props, **more)
 
     twins = [n for n in names if do.causal(n)]
     denoisers = [n for n in names if n not in twins] or names
@@ -180,7 +179,16 @@ def build(models, cfg):
             bound_text = gr.Markdown(elem_id="bound")
             bound_plot, layers = gr.Plot(show_label=False), gr.Plot(show_label=False)
         asked = [seer, own, moment, unit, schedule, draw]
-        changes = [moment.change, unit.change, schedule.change, own.submit, own.blur, seer.change, draw.change]
+        changes = [
+            moment.change,
+            unit.change,
+            schedule.change,
+            own.submit,
+            own.blur,
+            seer.change,
+            draw.change,
+            lang.input,
+        ]
         gr.on(changes, do.process, [*asked, lang], [window, holes], api_name="process", trigger_mode="always_last",
               show_progress="hidden", **MODEL)  # fmt: skip
         settle_button.click(do.settle, [seer, own, draw, lang], [bound_text, bound_plot], api_name="settle", **MODEL)
@@ -207,19 +215,19 @@ def build(models, cfg):
         def translate(lang):
             check(lang in TEXTS, "there is no such language")
             texts = [gr.update(**speak(lang, keys)) for _, keys in spoken]
-            return *texts, *(gr.update(lang=lang) for _ in stages), do.questions(lang)
+            return *texts, do.questions(lang)
 
         def first_language(request: gr.Request):
             wanted = request.query_params.get("lang") or request.headers.get("accept-language", "")
             return "hi" if wanted.startswith("hi") else "en"
 
-        outputs = [*(c for c, _ in spoken), *stages, quizzed]
+        outputs = [*(c for c, _ in spoken), quizzed]
         lang.change(translate, lang, outputs, api_name=False, show_progress="hidden", queue=False)
         lang.change(None, lang, js="l => { document.documentElement.lang = l }")
-        page.load(first_language, None, lang, api_name=False, queue=False)
-        page.load(do.questions, lang, quizzed, api_name=False, show_progress="hidden")
+        spoke = page.load(first_language, None, lang, api_name=False, queue=False)
         if models:
-            page.load(do.process, [*asked, lang], [window, holes], api_name=False, show_progress="hidden", **MODEL)
+            spoke.then(do.process, [*asked, lang], [window, holes], api_name=False, show_progress="hidden", **MODEL)
+        page.load(do.questions, lang, quizzed, api_name=False, show_progress="hidden")
     page.queue(max_size=cfg.queue, default_concurrency_limit=4)
     return page
 

@@ -89,8 +89,8 @@ def refused(client, site, *args, **more):
 # through gradio_client
 
 
-def test_what_the_app_writes_is_what_the_sampler_writes(client, site):
-    loaded = checkpoint.load(site.denoiser)
+def test_what_the_app_writes_is_what_the_sampler_writes(client, site, trained):
+    loaded = checkpoint.load(trained)
     how = SampleConfig(max_new_tokens=12, steps=6, temperature=0.7, seed=3)
     for prompt, mode in (("राम", "continue"), ("राम ___3___ था।", "fill"), ("राम ___ था।", "fill")):
         expected = sample_diffusion.generate(loaded, [prompt], how)
