@@ -179,16 +179,8 @@ def build(models, cfg):
             bound_text = gr.Markdown(elem_id="bound")
             bound_plot, layers = gr.Plot(show_label=False), gr.Plot(show_label=False)
         asked = [seer, own, moment, unit, schedule, draw]
-        changes = [
-            moment.change,
-            unit.change,
-            schedule.change,
-            own.submit,
-            own.blur,
-            seer.change,
-            draw.change,
-            lang.input,
-        ]
+        settings = [moment.change, unit.change, schedule.change, draw.change]
+        changes = [*settings, own.submit, own.blur, seer.change, lang.input]
         gr.on(changes, do.process, [*asked, lang], [window, holes], api_name="process", trigger_mode="always_last",
               show_progress="hidden", **MODEL)  # fmt: skip
         settle_button.click(do.settle, [seer, own, draw, lang], [bound_text, bound_plot], api_name="settle", **MODEL)
