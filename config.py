@@ -440,6 +440,7 @@ class ExperimentsConfig:
         "which runs: a name of run_experiments.suites",
         ("seed", "schedule", "architecture", "optimizer", "tokenizer", "eco", "crossover", "regularise"),
     )
+    only: str = knob("", "names or globs of the suite's runs, comma-separated: these alone; empty is all")
     seeds: int = knob(1, "runs of each kind, with seeds --seed, --seed + 1, ...")
     epochs: str = knob("", "crossover, regularise: lengths of the runs in passes over train.bin, comma-separated")
     match: str = knob(

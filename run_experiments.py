@@ -3,6 +3,7 @@
     python run_experiments.py --data_dir data/processed --output_root checkpoints/ablations --max_steps 2000 \
            --d_model 384 --n_layers 8 --n_heads 8 --d_ff 1024            # the plan: what it would take; nothing starts
     … --execute                           # the same flags: starts what is missing, goes on with what was interrupted
+    python run_experiments.py --suite schedule --only "linear_*" --seeds 3 --output_root checkpoints/finalists --execute
     python run_experiments.py --suite crossover --output_root checkpoints/crossover --seeds 3 --jobs 2 --execute
 
 A suite is a few lines of `suites`; the runs of one differ in what it names and in nothing else, which is checked before
@@ -14,6 +15,7 @@ import copy
 import csv
 import ctypes
 import dataclasses
+import fnmatch
 import importlib.util
 import itertools
 import json
@@ -199,6 +201,9 @@ def prepared(folder, **flags):
 def make_runs(cfg, given):
     """The runs of a suite, seed by seed. cfg: ExperimentsConfig; given: the trainers' flags of the command line."""
     rows, root = suites([float(e) for e in cfg.epochs.split(",") if e])[cfg.suite], Path(cfg.output_root)
+    for pattern in (wanted := cfg.only.split(",") if cfg.only else []):
+        check(fnmatch.filter([name for name, *_ in rows], pattern), f"--only: suite {cfg.suite} has no run {pattern!r}")
+    rows = [row for row in rows if not wanted or any(fnmatch.fnmatch(row[0], pattern) for pattern in wanted)]
     taken = set().union(*(flags for *_, flags in rows))
     in_epochs, own_data = "epochs" in taken, "data" in taken
     check(in_epochs or not cfg.epochs, f"--epochs is for the suites crossover and regularise, not for {cfg.suite}")

@@ -183,6 +183,17 @@ def test_seeds_shards_and_commands(plan, command, data, tmp_path):
         assert f"$(ls {r['output_dir']}/*.pt > /dev/null 2>&1 && echo --resume)" in line
 
 
+def test_only_some_runs(plan):
+    """The same runs as in the whole suite; what matches nothing is refused."""
+    _, all_runs = plan()
+    result, runs = plan("--only", "baseline_*_token,eco_discrete_span")
+    names = ["baseline_discrete_token", "baseline_continuous_token", "eco_discrete_span"]
+    assert result.code == 0 and [r["name"] for r in runs] == names
+    assert runs == [r for r in all_runs if r["name"] in names]
+    result, _ = plan("--only", "baseline_*,eco")
+    assert result.code == 2 and "--only: suite seed has no run 'eco'" in result.error()
+
+
 def test_lines_for_slurm_and_torchrun(plan, tmp_path):
     """A Slurm line wraps the shell line whole; the processes of torchrun share the parts of a step."""
     lines = {}

@@ -126,7 +126,11 @@ def test_norms():
     y = x + rms(y) * block.after_attention.scale
     y = y + rms(block.ff(block.norm_ff(y))) * block.after_ff.scale
     close(block(x, model.cos, model.sin, None, None)[0], y)
-    block = toys.build("variant", norm="layer").blocks[0]
+    model = toys.build("variant", norm="layer")
+    h = model.trunk(X)
+    h = rms(h - h.mean(2, keepdim=True)) * model.norm.weight + model.norm.bias
+    close(model(X), h @ model.embed.weight[:V].T)
+    block = model.blocks[0]
     centred = x - x.mean(2, keepdim=True)
     close(block.norm_ff(x), F.linear(rms(centred), block.norm_ff.weight.diag(), block.norm_ff.bias))
 
