@@ -11,8 +11,8 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
 import test_gif
+import torch
 from conftest import ROOT, train
 
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install -r requirements-app.txt")
