@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+import hub
 import tokenizer as tokenizers
-from config import AutoregressiveConfig, EcoHybridConfig, TransformerConfig, VariantConfig, one_line
+from config import AutoregressiveConfig, EcoHybridConfig, HubConfig, TransformerConfig, VariantConfig, one_line
 from eco_hybrid import EcoHybrid
 from model import GPT, LanguageModel, Transformer
 from variants import Variant
@@ -31,7 +32,10 @@ MODELS = {  # kind -> (config class, model class)
     "eco_hybrid": (EcoHybridConfig, EcoHybrid),
     "autoregressive": (AutoregressiveConfig, GPT),
     "variant": (VariantConfig, Variant),
+    "hub": (HubConfig, hub.HubDenoiser),
+    "hub_causal": (HubConfig, hub.HubGPT),
 }
+OURS = [kind for kind in MODELS if not kind.startswith("hub")]  # those that are built from sizes
 
 
 @dataclasses.dataclass
@@ -160,8 +164,12 @@ def build(state):
 def load(path, device="cpu", ema=True):
     """A .pt file, or a run folder (its best.pt, else its newest), as a Loaded, the denoiser in eval mode.
 
+    hub:NAME is a pretrained model of the hub, hub:FOLDER one saved by transformers; see hub.load.
     ema: the averaged weights where the run kept them. Raises as `read` does.
     """
+    if str(path).startswith("hub:"):
+        denoiser, tokenizer, kind = hub.load(str(path).removeprefix("hub:"), device)
+        return Loaded(denoiser, tokenizer, dict(kind=kind), 0, kind, Path(path))
     path = Path(path)
     if path.is_dir():
         state, path = (read(path / "best.pt"), path / "best.pt") if (path / "best.pt").is_file() else read_newest(path)

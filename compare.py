@@ -61,6 +61,10 @@ COLUMNS = {  # header: (where it stands in a run, how a number is written)
     "repeated 4-grams": ("scores samples repeated_4grams", ".3f"),
     "invalid aksharas": ("scores samples invalid_aksharas", ".4f"),
     "invalid UTF-8": ("scores samples invalid_utf8", ".4f"),
+    "questions": ("scores qa accuracy n", ",.0f"),
+    "questions right": ("scores qa accuracy", ".3f"),
+    "questions right, 95 % interval": ("facts right", ""),
+    "one constant answer right": ("scores qa majority", ".3f"),
     "tokens/s": ("facts rate", ",.0f"),
     "training, s": ("facts seconds", ",.0f"),
     "peak memory, GiB": ("facts gib", ".2f"),
@@ -92,6 +96,11 @@ def rows(data, key):
     return [row for row in data.get(key) or [] if isinstance(row, dict)]
 
 
+def scored(run):
+    """Whether its eval.json holds a likelihood, not answers to questions alone."""
+    return "bits_per_byte" in run["scores"]
+
+
 def series(run, path):
     """[(step, value)] of the records that have both."""
     found = [(get(r, "step"), get(r, path)) for r in run["records"]]
@@ -108,6 +117,7 @@ def derive(run):
     steps, masks, there = most("step"), get(run, "scores masks"), get(run, "config train_tokens")
     a_step = times(get(run, "config rows_a_step"), get(run, "config seq_len"))
     tokens, rates = times(steps, a_step), [v for _, v in series(run, "seconds tokens_a_second")]
+    right = [get(run, f"scores qa accuracy {end}") for end in ("low", "high")]  # shares of the questions
     return dict(
         tokens_a_step=a_step,
         steps_done=steps,
@@ -116,6 +126,7 @@ def derive(run):
         operations=times(get(run, "scores step") or steps, get(run, "config operations_a_step")),
         best=min((v for _, v in series(run, "bits_per_byte")), default=None),
         likelihood=f"bound ({masks} masks)" if masks else get(run, "scores likelihood"),
+        right=" to ".join(show(v, ".3f") for v in right) if None not in right else None,
         rate=statistics.median(rates) if rates else None,
         seconds=most("seconds training"),
         gib=times(most("seconds peak_bytes"), 2**-30),
@@ -202,7 +213,7 @@ def over_seeds(group, path, form):
 def against(ours, theirs):
     """One line of the table of differences: group `ours` minus group `theirs`."""
     seeds = [(s, s) for s in ours if s in theirs] or list(zip(ours, theirs, strict=False))
-    seeds = [(a, b) for a, b in seeds if ours[a]["scores"] and theirs[b]["scores"]]
+    seeds = [(a, b) for a, b in seeds if scored(ours[a]) and scored(theirs[b])]
     line = [f"{label(ours)} − {label(theirs)}", ", ".join(a if a == b else f"{a} with {b}" for a, b in seeds) or DASH]
     try:
         check(seeds, "not evaluated yet")
@@ -240,10 +251,8 @@ def unfair(runs, groups):
             match(field + of, [run["name"] for run in runs], [text(run[part].get(field)) for run in runs])
 
     for part, fields, _ in TWINS:
-        scored = part == "scores"
-        match_all(
-            [r for r in runs if r["scores"] or not scored], part, fields.split(), " in eval.json" if scored else ""
-        )
+        of = " in eval.json" if part == "scores" else ""
+        match_all([r for r in runs if part != "scores" or scored(r)], part, fields.split(), of)
     for kind in {text(run["config"].get("kind")): 0 for run in runs}:
         match_all([r for r in runs if text(r["config"].get("kind")) == kind], "config", TUNED, f" of {kind}")
     sizes = [get(run, "config parameters") for run in runs]

@@ -18,9 +18,10 @@ import traceback
 from dataclasses import dataclass, field
 
 
-def knob(default, help, choices=None, flag=True):
-    """One configuration line. flag=False: not on the command line (the data decides it)."""
-    return field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
+def knob(default, help, choices=None, flag=True, alone=None):
+    """One configuration line. flag=False: not on the command line (the data decides it). alone: the value of a flag
+    that is given without one."""
+    return field(default=default, metadata={"help": help, "choices": choices, "flag": flag, "alone": alone})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ class PrepareConfig:
     tokenizer: str = knob(
         "bpe",
         "bpe or unigram (SentencePiece, trained here), bytes, tiktoken:NAME such as "
-        "tiktoken:o200k_base, or the path of a trained tokenizer.model",
+        "tiktoken:o200k_base, or hub:NAME, that of a pretrained model, or the path of a trained tokenizer.model",
     )
     vocab_size: int = knob(8192, "upper limit of the SentencePiece vocabulary; a small text trains fewer pieces")
     val_fraction: float = knob(0.1, "share of the documents held out for validation, chosen by hash")
@@ -68,6 +69,18 @@ class PrepareConfig:
         check(0 <= self.romanized <= 1, f"--romanized is {self.romanized}, needs 0 <= romanized <= 1")
         check(self.vocab_size >= 1, f"--vocab_size is {self.vocab_size}, needs to be 1 or more")
         check(self.workers >= 0, f"--workers is {self.workers}, needs to be 0 or more")
+
+
+@dataclass
+class FactsConfig:
+    output: str = knob("data/facts/train.jsonl", "file that receives the pairs, one JSON object a line")
+    tables: str = knob("data/facts.json", "tables of facts")
+    held_out: str = knob("data/qa.jsonl", "questions whose facts are left out, one JSON object a line; empty: none is")
+    romanized: float = knob(0.2, "share of the pairs added once more in romanised Hindi, as people type it")
+    seed: int = knob(0, "seed of wordings, arithmetic, spellings and order")
+
+    def __post_init__(self):
+        check(0 <= self.romanized <= 1, f"--romanized is {self.romanized}, needs 0 <= romanized <= 1")
 
 
 @dataclass
@@ -189,14 +202,33 @@ class AutoregressiveConfig(TransformerConfig):
 
 
 @dataclass
+class HubConfig:
+    """A model of transformers (hub.py). It is no choice of ours: hub.load fills this in, so that no network is needed
+    to build the model again. Ids here are those of transformers; -1: there is none."""
+
+    vocab_size: int = knob(0, "real tokens; MASK comes on top", flag=False)
+    max_seq_len: int = knob(0, "longest window the model accepts, without what is put around it", flag=False)
+    architecture: str = knob("", "the model's own config.json, in one line", flag=False)
+    mask: int = knob(-1, "MASK", flag=False)
+    first: int = knob(-1, "what stands before each row, such as [CLS]; BOS of a causal model", flag=False)
+    last: int = knob(-1, "what stands behind each row, such as [SEP]", flag=False)
+    block_length: int = knob(0, "it sees both sides", flag=False)
+
+
+@dataclass
 class TrainConfig:
     data_dir: str = knob("data/processed", "folder written by prepare.py")
     output_dir: str = knob("checkpoints/diffusion_hi", "run folder: config.json, metrics.jsonl and checkpoints")
-    init: str = knob("", "begin with the averaged weights of this .pt or run, of the same kind, sizes and tokenizer")
+    init: str = knob(
+        "",
+        "begin with the averaged weights of this .pt or run, of the same kind, sizes and tokenizer; hub:NAME begins "
+        "with a pretrained model, of its own sizes",
+    )
     preset: str = knob(
         "laptop",
-        "sizes to start from, flags override them: tiny 0.9M parameters (1k vocabulary), laptop 17M and base 91M (8k)",
-        ("tiny", "laptop", "base"),
+        "sizes to start from, flags override them: tiny 0.9M parameters (1k vocabulary), laptop 17M and base 91M (8k); "
+        "hub: settings to tune a pretrained model",
+        ("tiny", "laptop", "base", "hub"),
     )
     seq_len: int = knob(512, "tokens a window")
     batch_size: int = knob(4, "windows a forward, per process")
@@ -258,19 +290,48 @@ class TrainConfig:
 
 
 @dataclass
+class InstructConfig:
+    """What train_instruct.py has beside TrainConfig, whose data_dir is then a folder of rows made before."""
+
+    data: str = knob("data/instruct.jsonl", "conversations: .jsonl or .parquet files, folders, globs, comma-separated")
+    dataset: str = knob("", "instead a data set of the hub by name, or a local folder of one (needs the hub extra)")
+    dataset_config: str = knob("", "configuration of the data set, such as anudesh")
+    dataset_split: str = knob("", "split of the data set to read; empty is hi where there is one, else train")
+    columns: str = knob("", "which column is what, such as instruction=prompt,response=output; also messages, input")
+    max_examples: int = knob(10000, "conversations to take, chosen by hash, after duplicates are dropped; 0 is all")
+    val_fraction: float = knob(0.1, "share of the conversations held out for validation, by hash of the instruction")
+    mask_ratio_min: float = knob(0.0, "least hidden share of a response; only 0 to 1 is the bound")
+    mask_ratio_max: float = knob(1.0, "largest hidden share of a response; answers begin at 1")
+    loss_weight: str = knob("low_var", "as of train_diffusion.py", ("elbo", "low_var", "mix"))
+    dropout: float = knob(-1.0, "dropout on each residual branch while tuning; -1 is as --init was trained")
+
+    def __post_init__(self):
+        check(0 < self.val_fraction < 1, f"--val_fraction is {self.val_fraction}, needs 0 < val_fraction < 1")
+        check(self.max_examples >= 0, f"--max_examples is {self.max_examples}, needs to be 0 or more")
+        check(self.dropout == -1 or 0 <= self.dropout < 1, f"--dropout is {self.dropout}, needs 0 <= dropout < 1")
+        check(
+            0 <= self.mask_ratio_min < self.mask_ratio_max <= 1,
+            f"--mask_ratio_min is {self.mask_ratio_min}, --mask_ratio_max {self.mask_ratio_max}; they need "
+            "0 <= min < max <= 1",
+        )
+
+
+@dataclass
 class SampleConfig:
-    ckpt: str = knob("", "a .pt file or a run folder; empty takes the newest run under checkpoints/")
+    ckpt: str = knob("", "a .pt file, a run folder or hub:NAME; empty takes the newest run under checkpoints/")
     tokenizer: str = knob("", "tokenizer.model to insist on; the checkpoint carries its own")
     prompt: str = knob(
         "",
         "text to continue; ___ is a blank of 1 to 8 tokens (fewer if there are many), ___5___ one of five; several "
         "prompts are separated by ||; empty writes freely",
     )
-    max_new_tokens: int = knob(64, "tokens to write after the prompt; a prompt with blanks gets none")
+    chat: bool = knob(False, "talk with a tuned model: it answers --prompt, or what is typed, line by line")
+    max_new_tokens: int = knob(64, "tokens to write after the prompt, at most; a prompt with blanks gets none")
     steps: int = knob(64, "denoising steps, each one forward: fewer are faster and worse; at most one an open position")
     strategy: str = knob(
-        "confidence",
-        "which positions are decided first (sampling.STRATEGIES)",
+        "",
+        "which positions are decided first (sampling.STRATEGIES); empty is confidence, in a chat left_to_right: the "
+        "surest places of an answer are its ends, and by confidence they would leave no room for it",
         ("random", "left_to_right", "dilated", "confidence", "margin", "entropy", "threshold", "entropy_bounded"),
     )
     temperature: float = knob(0.7, "0 takes the likeliest token")
@@ -294,6 +355,7 @@ class SampleConfig:
     ema: bool = knob(True, "use the averaged weights")
 
     def __post_init__(self):
+        self.strategy = self.strategy or ("left_to_right" if self.chat else "confidence")
         check(self.steps >= 1, f"--steps is {self.steps}, needs to be 1 or more")
         check(0 <= self.temperature < math.inf, f"--temperature is {self.temperature}, needs to be 0 or more")
         check(self.top_k >= 0, f"--top_k is {self.top_k}, needs to be 0 or more")
@@ -329,7 +391,9 @@ class AppConfig:
 
 @dataclass
 class EvaluateConfig:
-    ckpt: str = knob("", "a .pt file or a run folder, or several with commas; empty is the newest under checkpoints/")
+    ckpt: str = knob(
+        "", "a .pt file, a run folder or hub:NAME, or several with commas; empty is the newest under checkpoints/"
+    )
     against: str = knob("", "as many evaluated run folders with commas: print what --ckpt is better by, pair by pair")
     data_dir: str = knob("", "folder written by prepare.py; empty takes the one the checkpoint was trained on")
     split: str = knob("val", "split to score", ("val", "train"))
@@ -341,7 +405,16 @@ class EvaluateConfig:
     samples: int = knob(32, "samples for the judge: each continues the first quarter of a window")
     sample_steps: int = knob(0, "forwards that write a sample; 0 is one a token")
     check: bool = knob(False, "compare with unigram and bigram models; exit 1 if not 18 % below the unigram")
-    output: str = knob("", "where the figures go; empty is eval.json beside the checkpoint")
+    qa: str = knob(
+        "",
+        "ask the questions of this .jsonl, and score no text; alone: those of data/qa.jsonl; eval.json gets them too",
+        alone="data/qa.jsonl",
+    )
+    answer_tokens: int = knob(32, "tokens of an answer, at most")
+    available: bool = knob(False, "only list open diffusion and masked language models, and which of them run here")
+    output: str = knob(
+        "", "where the figures go; empty is eval.json beside the checkpoint, of a hub model in a folder of checkpoints/"
+    )
     seed: int = knob(0, "seed of the masks and samples")
     device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
     ema: bool = knob(True, "use the averaged weights")
@@ -350,8 +423,21 @@ class EvaluateConfig:
         check(self.masks >= 1, f"--masks is {self.masks}, needs to be 1 or more")
         check(self.batch_size >= 1, f"--batch_size is {self.batch_size}, needs to be 1 or more")
         check(self.samples >= 1, f"--samples is {self.samples}, needs to be 1 or more")
+        check(self.answer_tokens >= 1, f"--answer_tokens is {self.answer_tokens}, needs to be 1 or more")
+        for name in ("against", "chain_rule", "judge", "check"):
+            check(not (self.qa and getattr(self, name)), f"--qa scores no text, which --{name} needs; run both in turn")
         for name in ("max_windows", "chain_rule", "sample_steps"):
             check(getattr(self, name) >= 0, f"--{name} is {getattr(self, name)}, needs to be 0 or more")
+
+
+@dataclass
+class HubExportConfig:
+    """python hub.py."""
+
+    ckpt: str = knob("", "a .pt file or a run folder of a tuned hub model; empty is the newest under checkpoints/")
+    output_dir: str = knob("hub_model", "new folder for weights, tokenizer and model card")
+    license: str = knob("other", "licence of the new weights, as the hub names licences; mind that of the first model")
+    ema: bool = knob(True, "use the averaged weights")
 
 
 @dataclass
@@ -438,7 +524,7 @@ class ExperimentsConfig:
     suite: str = knob(
         "seed",
         "which runs: a name of run_experiments.suites",
-        ("seed", "schedule", "architecture", "optimizer", "tokenizer", "eco", "crossover", "regularise"),
+        ("seed", "schedule", "architecture", "combined", "optimizer", "tokenizer", "eco", "crossover", "regularise"),
     )
     only: str = knob("", "names or globs of the suite's runs, comma-separated: these alone; empty is all")
     seeds: int = knob(1, "runs of each kind, with seeds --seed, --seed + 1, ...")
@@ -498,6 +584,15 @@ PRESETS = {
         max_steps=50000,
         lr=1e-3,
     ),
+    "hub": dict(
+        seq_len=256,
+        batch_size=4,
+        grad_accum=8,
+        optimizer="adamw",
+        lr=2e-4,
+        weight_decay=0.01,
+        activation_checkpointing=True,
+    ),
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -532,8 +627,10 @@ def add_flags(parser, configs):
                 group.add_argument(f"--{f.name}", action="store_true", default=f.default, help=on)
                 group.add_argument(f"--no_{f.name}", dest=f.name, action="store_false", default=f.default, help=off)
             else:
+                alone = f.metadata["alone"]
+                more = {} if alone is None else dict(nargs="?", const=alone)
                 group.add_argument(
-                    f"--{f.name}", type=f.type, default=f.default, choices=f.metadata["choices"], help=help
+                    f"--{f.name}", type=f.type, default=f.default, choices=f.metadata["choices"], help=help, **more
                 )
 
 

@@ -1,5 +1,7 @@
 """The only reader of .bin: checks a prepared folder, cuts windows, and makes batches.
 
+A folder of train_instruct.py holds rows of equal length, each a prompt, its answer, and EOS to the end.
+
     data = load("data/processed")            # .train .val: (tokens,) memory-mapped ids; .meta: meta.json
     x0 = batch(data.train, 128, rows=range(16), rows_a_step=16, seed=1337, step=0)          # (16, 128) long
 
@@ -25,6 +27,7 @@ class Data:
     train: np.ndarray
     val: np.ndarray
     hash: str  # of both .bin and the tokenizer: what a resumed run compares
+    answers: dict | None  # rows of chats: split -> (rows, 2) long, where each row's answer begins, and ends behind EOS
 
 
 def load(data_dir):
@@ -42,13 +45,27 @@ def load(data_dir):
         expected = {
             split: (int(meta["splits"][split]["tokens"]), meta["splits"][split]["sha256"]) for split in ("train", "val")
         }
-        digest = hashlib.sha256(
-            "".join([expected["train"][1], expected["val"][1], meta["tokenizer"]["sha256"]]).encode()
-        )
+        answers = {split: meta["splits"][split].get("answers") for split in expected} if meta.get("seq_len") else None
+        sums = [expected["train"][1], expected["val"][1], meta["tokenizer"]["sha256"]]
+        digest = hashlib.sha256("".join(sums + ([json.dumps(answers)] if answers else [])).encode())
     except (ValueError, KeyError, TypeError) as e:
         raise RuntimeError(f"{folder / 'meta.json'} is damaged ({e!r}); run prepare.py again") from e
     ids = {split: open_bin(folder / f"{split}.bin", dtype, V, *expected[split]) for split in ("train", "val")}
-    return Data(meta, ids["train"], ids["val"], digest.hexdigest())
+    if answers:
+        answers = {split: open_answers(folder, answers[split], meta["seq_len"], expected[split][0]) for split in ids}
+    return Data(meta, ids["train"], ids["val"], digest.hexdigest(), answers)
+
+
+def open_answers(folder, answers, T, tokens):
+    try:
+        found = torch.tensor(answers, dtype=torch.long).view(-1, 2)  # (rows, 2)
+        begin, end = found.unbind(1)
+        whole = len(found) * T == tokens and bool(((0 <= begin) & (begin < end) & (end <= T)).all())
+    except (ValueError, TypeError, RuntimeError):
+        whole = False
+    if not whole:
+        raise RuntimeError(f"{folder / 'meta.json'} is damaged: its answers do not fit rows of {T}; prepare it again")
+    return found
 
 
 def open_bin(path, dtype, V, tokens, sha256):
@@ -98,6 +115,18 @@ def batch(ids, seq_len, rows, rows_a_step, seed, step):
         start = int(offset * (len(ids) - windows * seq_len + 1)) + int(order[place]) * seq_len
         out[i] = ids[start : start + seq_len]
     return torch.from_numpy(out)
+
+
+def rows_of_chats(data, rows, rows_a_step, seed, step):
+    """As `batch`, of the rows of chats that `data` holds: x0 (len(rows), T) long, each row once an epoch, and `answer`
+    (rows_a_step, 2), where the answer of every row of the step begins, and ends behind its EOS."""
+    T, answers = data.meta["seq_len"], data.answers["train"]
+    which = []
+    for r in range(rows_a_step):
+        epoch, place = divmod(step * rows_a_step + r, len(answers))
+        which.append(int(epoch_order(len(answers), seed, epoch)[0][place]))
+    x0 = np.stack([data.train[which[r] * T : (which[r] + 1) * T].astype(np.int64) for r in rows])
+    return torch.from_numpy(x0), answers[which]
 
 
 def windows(ids, seq_len, limit=0):

@@ -7,6 +7,7 @@ Everything is a function on tensors. A model with no time argument sees the time
 A denoiser with a `block_length` L writes blocks of L tokens from left to right (BD3-LM, arXiv 2503.09573): each block
 has its own k, uniform on 1..L, and sees clean blocks before it; its cost is one block's bound given those, and they add
 up. L 1 is the exact likelihood from left to right, L >= T the plain bound: what follows for a row holds for a block.
+`given` (B,): the first tokens of each row are given and never hidden; the bound is one on what follows them.
 Mathematics: docs/DIFFUSION_MODEL_DETAILED.md; LLaDA (arXiv 2502.09992) eq. 6, MDLM (2406.07524), MD4 (2406.04329).
 Shapes: B rows, T tokens, n blocks a row (1 unless told), V real tokens, N hidden tokens of the batch; MASK is id V.
 """
@@ -63,12 +64,25 @@ def block_sizes(denoiser, T):
     return (T - torch.arange(0, T, L)).clamp(max=L)
 
 
-def hide_tokens(noise, k, L):
+def open_sizes(sizes, given=None):
+    """Of blocks of these sizes (n,), how many positions of each are not given: (B, n), or (1, n) where none is."""
+    given = torch.zeros(1, dtype=torch.long) if given is None else given
+    return torch.minimum((sizes.cumsum(0) - given[:, None]).clamp(min=0), sizes)
+
+
+def hide_tokens(noise, k, L, given=None):
     """Exactly k random positions a block of L: those that a random permutation of it sends below k.
 
-    noise (B, T) uniform, k (B, n)."""
-    block = torch.arange(noise.shape[1]) // L  # (T,)
-    return (noise.double() + block).argsort(1) - block * L < k[:, block]  # in float32 the sum would make ties
+    noise (B, T) uniform, k (B, n), at most as many as are not given."""
+    place = torch.arange(noise.shape[1])
+    block = place // L  # (T,)
+    key = noise.double()  # in float32 the sums would make ties
+    if given is not None:  # what is given comes last in its block
+        key = (key + (place < given[:, None])) / 2
+    order = (key + block).argsort(1)
+    if given is not None:  # a random permutation sends anything anywhere; what comes last, only its inverse tells
+        order = order.argsort(1)
+    return order - block * L < k[:, block]
 
 
 def hide_spans(noise, coin, k, starts, mean_span_length):
@@ -86,18 +100,19 @@ def hide_spans(noise, coin, k, starts, mean_span_length):
     return rank.gather(1, first_of(starts)) < k[:, None]
 
 
-def corrupt(x0, mask_id, k=None, generator=None, sizes=None):
+def corrupt(x0, mask_id, k=None, generator=None, sizes=None, given=None):
     """Hide k of the T tokens in each row of x0 (B, T); k (B,) or, by default, stratified and uniform on 1..T.
 
-    sizes (n,): in each block of these sizes instead, k (B, n). Returns x_t (B, T) and masked (B, T) bool.
-    generator: a CPU generator, here and below.
+    sizes (n,): in each block of these sizes instead, k (B, n). given (B,): of those behind the first so many instead.
+    Returns x_t (B, T) and masked (B, T) bool. generator: a CPU generator, here and below.
     """
     B, T = x0.shape
     sizes = torch.tensor([T]) if sizes is None else sizes
     if k is None:
-        k = (draw_times(B * len(sizes), generator=generator).view(B, -1) * sizes).ceil().long()
+        times = draw_times(B * len(sizes), generator=generator).view(B, -1)  # (B, n)
+        k = (times * open_sizes(sizes, given)).ceil().long()
     noise = torch.rand(B, T, generator=generator)
-    masked = hide_tokens(noise, k.cpu().view(B, -1), int(sizes[0])).to(x0.device)
+    masked = hide_tokens(noise, k.cpu().view(B, -1), int(sizes[0]), given).to(x0.device)
     return x0.masked_fill(masked, mask_id), masked
 
 
@@ -105,23 +120,23 @@ def corrupt(x0, mask_id, k=None, generator=None, sizes=None):
 # what hiding costs
 
 
-def token_nll(logits, target, chunk=4096, observe=None):
+def token_nll(logits, target, chunk=4096, observe=None, *about):
     """-log p of target (N,) under logits (N, V): (N,) in nats, fp32. Chunks keep the temporaries small.
 
-    observe(logits, target) sees every chunk, where more is to be known of the same forward; here and below.
+    observe(logits, target, *about) sees every chunk, where more is to be known of the same forward; here and below.
     """
-    nll = []
-    for l, y in zip(logits.split(chunk), target.split(chunk), strict=True):
+    nll, chunk = [], max(1, min(chunk, (1 << 28) // logits.shape[1]))
+    for l, y, *a in zip(*(v.split(chunk) for v in (logits, target, *about)), strict=True):
         nll.append(F.cross_entropy(l.float(), y, reduction="none"))
         if observe:
-            observe(l, y)
+            observe(l, y, *a)
     return torch.cat(nll)
 
 
 def hidden_nll(denoiser, x_t, masked, x0, chunk=4096, observe=None):
     """-log p(x0 | x_t) of the hidden tokens alone: the head is computed nowhere else.
 
-    Returns nll (N,) in nats, fp32, and the row (N,) that each belongs to, or the block, of B·n.
+    Returns nll (N,) in nats, fp32, and the row (N,) that each belongs to, or the block, of B·n; observe is told it too.
     """
     device, T = next(denoiser.parameters()).device, x0.shape[1]
     sizes = block_sizes(denoiser, T)
@@ -129,7 +144,7 @@ def hidden_nll(denoiser, x_t, masked, x0, chunk=4096, observe=None):
     row, target = where // T * len(sizes) + where % T // int(sizes[0]), x0.flatten()[where]
     x_t, where, row, target = (v.to(device) for v in (x_t, where, row, target))
     before = dict(x0=x0.to(device)) if len(sizes) > 1 else {}
-    return token_nll(denoiser(x_t, where, **before), target, chunk, observe), row
+    return token_nll(denoiser(x_t, where, **before), target, chunk, observe, row), row
 
 
 def row_means(nll, row, B):
@@ -138,7 +153,7 @@ def row_means(nll, row, B):
     return total / nll.new_zeros(B).index_add(0, row, torch.ones_like(nll)).clamp(min=1)
 
 
-def training_loss(denoiser, x0, cfg, generator=None, part=(0, 1), starts=None):
+def training_loss(denoiser, x0, cfg, generator=None, part=(0, 1), starts=None, answer=None):
     """Scalar training loss of x0 (B, T), in nats per token. cfg: a config.MaskConfig.
 
     part = (i, n): these B rows are the i-th of n parts of one optimizer step. Times and masks are drawn for all n·B
@@ -148,15 +163,19 @@ def training_loss(denoiser, x0, cfg, generator=None, part=(0, 1), starts=None):
     Blocks: each has its own time, stratified over all blocks of the step; elbo weighs them by their size too, low_var
     still counts every hidden token the same. With blocks of one token both are the likelihood. Spans know no blocks.
     starts (B, T) bool: where words begin, for masking_strategy span.
+    answer (n·B, 2), of all rows of the step: only what stands from answer[:, 0] on is hidden, to the row's end, and a
+    row weighs as much as it has such tokens.
     """
     (B, T), (i, n) = x0.shape, part
     mine = slice(i * B, (i + 1) * B)
-    sizes = block_sizes(denoiser, T)  # (blocks,)
-    t = draw_times(n * B * len(sizes), cfg.timestep_sampling, generator).view(n * B, -1)  # (n·B, blocks)
+    L = int(block_sizes(denoiser, T)[0])
+    given = None if answer is None else answer[:, 0]  # (n·B,)
+    sizes = open_sizes(block_sizes(denoiser, T), given)  # (n·B or 1, blocks)
+    t = draw_times(n * B * sizes.shape[1], cfg.timestep_sampling, generator).view(n * B, -1)  # (n·B, blocks)
     levels = cfg.timesteps if cfg.time_mode == "discrete" else 0
     rate, weight = rate_and_weight(t, cfg.mask_schedule, cfg.min_mask_rate, cfg.max_mask_rate, levels)
-    k = (rate * sizes - 1e-9).ceil().clamp(min=1).long()  # exact counts; 0.07 · 100 is 7.000000000000001
-    weight = weight * (sizes / sizes[0].double())
+    k = torch.minimum((rate * sizes - 1e-9).ceil().clamp(min=1), sizes).long()  # 0.07 · 100 is 7.000000000000001
+    weight = weight * (sizes.double() / L)
     if cfg.loss_weight == "low_var":  # every hidden token counts the same, with spans about (arXiv 2602.15014)
         weight = k.double()
     weight = (weight / weight.mean())[mine].float().flatten()  # (B·blocks,)
@@ -167,23 +186,25 @@ def training_loss(denoiser, x0, cfg, generator=None, part=(0, 1), starts=None):
         starts = torch.ones(B, T, dtype=torch.bool) if starts is None else starts.cpu()
         masked = hide_spans(noise, coin, k[mine].squeeze(1), starts, cfg.mean_span_length)
     else:
-        masked = hide_tokens(noise, k[mine], int(sizes[0]))
+        masked = hide_tokens(noise, k[mine], L, None if given is None else given[mine])
     masked = masked.to(x0.device)
     nll, row = hidden_nll(denoiser, x0.masked_fill(masked, denoiser.mask_id), masked, x0)
     return (row_means(nll, row, len(weight)) * weight.to(nll.device)).mean()
 
 
 @torch.no_grad()
-def bound(denoiser, x0, generator=None, k=None, observe=None):
+def bound(denoiser, x0, generator=None, k=None, observe=None, given=None):
     """Unbiased estimate of the negative ELBO of each row of x0 (B, T): (B,) nats per token, one mask a row.
 
     Hide k of T tokens, k uniform on 1..T, and take the row's own mean over its hidden tokens (LLaDA eq. 6). A mean
     over all hidden tokens of the batch is not a bound. k (B, n): counts of each block that the caller stratified.
+    given (B,): the bound on -log p of what follows a row's first so many tokens, given those, a token of what follows.
     """
-    (B, T), sizes = x0.shape, block_sizes(denoiser, x0.shape[1])
-    x_t, masked = corrupt(x0, denoiser.mask_id, k, generator, sizes)
+    B, sizes = len(x0), block_sizes(denoiser, x0.shape[1])
+    x_t, masked = corrupt(x0, denoiser.mask_id, k, generator, sizes, given)
     means = row_means(*hidden_nll(denoiser, x_t, masked, x0, observe=observe), B * len(sizes)).view(B, -1)  # (B, n)
-    return (means.cpu() * (sizes / T)).sum(1)
+    sizes = open_sizes(sizes, given)  # (B or 1, n)
+    return (means.cpu() * (sizes / sizes.sum(1, keepdim=True))).sum(1)
 
 
 @torch.no_grad()
@@ -227,20 +248,24 @@ def runs(windows, batch_size):
         start = stop
 
 
-def bound_windows(denoiser, windows, masks, seed=0, batch_size=32, observe=None):
+def bound_windows(denoiser, windows, masks, seed=0, batch_size=32, observe=None, given=None):
     """The bound of every window under `masks` stratified masks each, from fixed seeds.
 
     windows: list of (T_w,) long tensors, each run of equal lengths is batched. Returns nats per token and the hidden
     fraction, both (windows, masks). The blocks of a window share one time, so that this fraction is that of each.
+    observe(logits, target, fraction (n,)) is told the hidden fraction of each token's window. given (windows,): the
+    first tokens of each are given, and tokens and fractions are those of what follows.
     """
     generator = torch.Generator().manual_seed(seed)
     slices = (torch.arange(masks) + 1 - torch.rand(len(windows), masks, generator=generator)) / masks
     nats, hidden = torch.zeros(slices.shape), torch.zeros(slices.shape)
     for run in runs(windows, batch_size):
         x0 = torch.stack(windows[run])
-        sizes = block_sizes(denoiser, x0.shape[1])
+        first = None if given is None else given[run]
+        sizes = open_sizes(block_sizes(denoiser, x0.shape[1]), first)  # (B or 1, n)
         for j in range(masks):
             k = (slices[run, j, None] * sizes).ceil().long()  # (B, n), each uniform on 1..size over its slice
-            nats[run, j] = bound(denoiser, x0, generator, k, observe)
-            hidden[run, j] = k.sum(1) / x0.shape[1]
+            hidden[run, j] = share = k.sum(1) / sizes.sum(1)
+            tell = observe and (lambda l, y, b, share=share, n=sizes.shape[1]: observe(l, y, share[b.cpu() // n]))
+            nats[run, j] = bound(denoiser, x0, generator, k, tell, first)
     return nats, hidden

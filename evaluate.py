@@ -3,12 +3,14 @@
     python evaluate.py --ckpt checkpoints/diffusion_hi/best.pt
     python evaluate.py --ckpt checkpoints/eco_hybrid_hi --against checkpoints/diffusion_hi   # window by window
     python evaluate.py --chain_rule 32 --judge checkpoints/twin     # minutes more: exact likelihood, samples
+    python evaluate.py --ckpt checkpoints/chat_hi --qa              # question answering alone, into the same file
 
 Every token of the split is scored, the end of each document too; bytes and characters are those of the scored text.
 A denoiser's cost is the bound on -log p (an upper limit, from random masks), an autoregressive model's is exact.
 --chain_rule gives a denoiser's exact cost under two fixed orders. --judge measures what a model writes (quality.py).
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -20,15 +22,18 @@ import torch
 import checkpoint
 import dataset
 import diffusion
+import hub
 import ngram
 import quality
+import questions
 import sampling
-from config import EvaluateConfig, check, parse, run_main
+from config import EvaluateConfig, check, one_line, parse, run_main
 from intervals import paired, ratio
-from machine import pick_device
+from machine import pick_device, total_memory
 
 BINS = 10
 ORDERS = {"left_to_right": None, "own_order": sampling.STRATEGIES["confidence"]}  # of the chain rule
+MOST_LOGITS = 1 << 29  # of a forward: 2 GiB; vocabularies of pretrained models are large
 MARGIN = 0.18  # how far below the unigram's the bound must be for --check
 
 
@@ -45,20 +50,58 @@ def text_sizes(windows, tokenizer):
     return tokens, *(torch.stack([t[w].sum() for w in windows]) for t in (n_bytes, n_chars))
 
 
-def evaluate(denoiser, tokenizer, windows, masks=16, seed=0, batch_size=32, observe=None):
+def spans(windows, answers=None):
+    """Of each window (T_w,) its answer, EOS included, or, where there are no chats, all of it."""
+    ends = answers.tolist() if answers is not None else [(0, len(w)) for w in windows]
+    return [w[begin:end] for w, (begin, end) in zip(windows, ends, strict=True)]
+
+
+class Accuracy:
+    """An observer: how often the likeliest token is right, by the hidden fraction of its window, in BINS bins."""
+
+    def __init__(self):
+        self.sums = torch.zeros(2, BINS, dtype=torch.float64)  # tokens, how many were right
+
+    def __call__(self, logits, target, share):
+        right = (logits.argmax(1) == target).cpu().double()  # (N,)
+        self.sums.index_add_(1, bins_of(share), torch.stack((torch.ones_like(right), right)))
+
+    def figures(self):
+        rows = enumerate(self.sums.T.tolist())
+        return [{"from": b / BINS, "to": (b + 1) / BINS, "n": int(n), "accuracy": right / n if n else None}
+                for b, (n, right) in rows]  # fmt: skip
+
+
+def evaluate(denoiser, tokenizer, windows, masks=16, seed=0, batch_size=32, observe=None, answers=None):
     """Bound ± standard error of the windows, and cross-entropy by the hidden fraction of tokens: a dict.
 
     A model that knows its exact `nll` is asked for that instead: one pass, no masks, no hidden fraction.
     observe: see diffusion.token_nll.
+    answers (windows, 2), of chats: what each answer costs, its first EOS included, given the prompt before it. The EOS
+    behind that, which fill the row, are part of what a denoiser is asked for, so that its bound is one on the answer:
+    their nats count, as tokens and bytes they do not. The observer sees the answers' text, no EOS; so does Accuracy.
     """
-    exact = hasattr(denoiser, "nll")
+    exact, given, accuracy = hasattr(denoiser, "nll"), None, Accuracy()
+    tokens, n_bytes, n_chars = text_sizes(spans(windows, answers), tokenizer)
+    scored, see = tokens, observe  # (windows,) tokens of which nats are the mean
+    if answers is not None:
+        given = answers[:, 0]
+        scored = scored if exact else torch.tensor([len(w) for w in windows]) - given
+
+        def see(logits, target, *share):
+            text = target != tokenizer.eos_id
+            for observer in (observe, None if exact else accuracy):
+                if observer:
+                    observer(logits[text], target[text], *(v[text.cpu()] for v in share))
+
+    batch_size = min(batch_size, max(1, MOST_LOGITS // (tokenizer.vocab_size * len(windows[0]))))
     if exact:
-        batches = (torch.stack(windows[s]) for s in diffusion.runs(windows, batch_size))
-        masks, nats = 0, torch.cat([denoiser.nll(x0, observe) for x0 in batches])[:, None]  # (windows, 1), per token
-    else:
-        nats, hidden = diffusion.bound_windows(denoiser, windows, masks, seed, batch_size, observe)  # (windows, masks)
-    tokens, n_bytes, n_chars = text_sizes(windows, tokenizer)
-    total = nats.double().mean(1) * tokens  # (windows,) nats
+        masks, runs = 0, diffusion.runs(windows, batch_size)
+        batches = ((torch.stack(windows[s]), {} if answers is None else dict(answer=answers[s])) for s in runs)
+        nats = torch.cat([denoiser.nll(x0, see, **of) for x0, of in batches])[:, None]  # (windows, 1), per token
+    else:  # (windows, masks) both
+        nats, hidden = diffusion.bound_windows(denoiser, windows, masks, seed, batch_size, see, given)
+    total = nats.double().mean(1) * scored  # (windows,) nats
     result = {
         "likelihood": "exact" if exact else "bound",
         "windows": len(windows),
@@ -76,12 +119,19 @@ def evaluate(denoiser, tokenizer, windows, masks=16, seed=0, batch_size=32, obse
         result[name] = figure(cost, size)
     result["per_window"] = {"nats": [round(v, 3) for v in total.tolist()], "bytes": n_bytes.long().tolist()}
     result["by_hidden_fraction"] = [] if exact else by_hidden_fraction(nats, hidden)
+    if answers is not None:
+        result["accuracy_by_hidden_fraction"] = [] if exact else accuracy.figures()
     return result
+
+
+def bins_of(share):
+    """Which of BINS bins each share is in, from 0 on."""
+    return (share * BINS).ceil().long().clamp(1, BINS) - 1
 
 
 def by_hidden_fraction(nats, hidden):
     """Mean ± standard error of nats (windows, masks) in each of BINS bins of the hidden fraction: a list of dicts."""
-    which, rows = (hidden * BINS).ceil().long().clamp(1, BINS) - 1, []  # (windows, masks) bin of k / T
+    which, rows = bins_of(hidden), []  # (windows, masks) bin of k / T
     for b in range(BINS):
         values = nats[which == b].double()
         mean = float(values.mean()) if len(values) else None
@@ -100,11 +150,11 @@ class Reliability:
     def __init__(self):
         self.sums = torch.zeros(3, BINS, dtype=torch.float64)  # tokens, their confidence, how many were right
 
-    def __call__(self, logits, target):
+    def __call__(self, logits, target, *_):
         best, token = logits.max(1)
         confidence = (best.float() - logits.float().logsumexp(1)).exp().cpu().double()  # (N,)
         values = torch.stack((torch.ones_like(confidence), confidence, (token == target).cpu().double()))
-        self.sums.index_add_(1, (confidence * BINS).ceil().long().clamp(1, BINS) - 1, values)
+        self.sums.index_add_(1, bins_of(confidence), values)
 
     def figures(self):
         """The curve, and the mean distance of its bins from the diagonal (the expected calibration error): a dict."""
@@ -206,8 +256,9 @@ def words(name):
 
 def print_scores(result):
     how = f"{result['masks']} masks each" if result["masks"] else "exact likelihood"
+    of = "answers" if "accuracy_by_hidden_fraction" in result else "windows"
     print(
-        f"{result['checkpoint']}, step {result['step']:,}: {result['windows']} windows of {result['split']}, {how}, "
+        f"{result['checkpoint']}, step {result['step']:,}: {result['windows']} {of} of {result['split']}, {how}, "
         f"{result['tokens']:,} tokens, {result['bytes']:,} bytes ({result['seconds']:.1f} s)"
     )
     for name in ("bits_per_byte", "bits_per_character", "nats_per_token"):
@@ -220,6 +271,9 @@ def print_scores(result):
         if b["n"]:
             error = f"{b['standard_error'] or 0:.3f}"
             print(f"  {b['from']:.0%} – {b['to']:.0%}".ljust(16) + f"{b['nats_per_token']:.3f} ± {error}")
+    for b in result.get("accuracy_by_hidden_fraction", []):
+        if b["n"]:
+            print(f"  {b['from']:.0%} – {b['to']:.0%} hidden: {b['accuracy']:.1%} of {b['n']:,} tokens right")
     print(f"  confidence    right    of tokens    (calibration error {result['calibration_error']:.4f})")
     for b in result["reliability"]:
         if b["n"]:
@@ -241,6 +295,56 @@ def print_samples(ours, real):
         print(f"  {words(name):24}{show(ours[name]):20}{show(real[name])}")
 
 
+def written(output):
+    """What stands in `output` already: a dict. Raises RuntimeError if it is damaged."""
+    try:
+        old = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+        check(isinstance(old, dict), "no JSON object")
+        return old
+    except ValueError as e:
+        raise RuntimeError(f"{output} is damaged ({one_line(e)}); delete it") from None
+
+
+def unlike(old, which, beside):
+    """The first thing in which figures `old` are not of the checkpoint `which`: a text, empty if they are.
+
+    beside: both lie in one folder, which may have moved."""
+    place = (lambda path: Path(path).name) if beside else (lambda path: Path(path).resolve())
+    for key, value in which.items():
+        there = old.get(key, value)
+        if there != value and not (key == "checkpoint" and place(there) == place(value)):
+            return f"{key} {there}, not {value}"
+    return ""
+
+
+def write(output, result):
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    checkpoint.replace(output, lambda t: t.write_text(text, encoding="utf-8"))
+    print(f"wrote {output}")
+
+
+def ask(cfg, loaded, output, which):
+    """Put the questions to a checkpoint, print the figures and add them to `output`, whose content is returned.
+
+    Raises ValueError if the file holds figures of another checkpoint than `which` says.
+    """
+    items, old = questions.load(cfg.qa), written(output)
+    other = unlike(old, which, beside=not cfg.output)
+    check(
+        not other,
+        f"{output} is of another checkpoint ({other}); evaluate this one without --qa first, or name another --output",
+    )
+    start = time.perf_counter()
+    result = questions.evaluate(loaded, items, cfg.answer_tokens, cfg.batch_size, cfg.data_dir)
+    result |= {"file": cfg.qa, "sha256": checkpoint.sha256(cfg.qa), "seconds": time.perf_counter() - start}
+    print(f"{loaded.path}, step {loaded.step:,}: {len(items)} questions of {cfg.qa}, each answered in up to "
+          f"{cfg.answer_tokens} tokens, greedily from left to right ({result['seconds']:.1f} s)")  # fmt: skip
+    questions.report(result)
+    result = which | old | {"qa": result}
+    write(output, result)
+    return result
+
+
 def run(cfg):
     """Score a checkpoint, print the figures and write eval.json, whose content is returned. cfg: EvaluateConfig.
 
@@ -249,37 +353,49 @@ def run(cfg):
     """
     loaded = checkpoint.load(cfg.ckpt or checkpoint.newest_run(), pick_device(cfg.device), cfg.ema)
     tokenizer = loaded.tokenizer
-    data = dataset.load(cfg.data_dir or loaded.config["data_dir"])
+    folder = loaded.path.parent
+    if str(loaded.path).startswith("hub:") and not cfg.output:
+        folder = Path("checkpoints", str(loaded.path).replace("hub:", "hub--").strip("/").replace("/", "--"))
+        folder.mkdir(parents=True, exist_ok=True)
+    output = Path(cfg.output) if cfg.output else folder / "eval.json"
+    check(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}")
+    which = {"checkpoint": str(loaded.path), "step": loaded.step, "kind": loaded.kind, "ema": cfg.ema}
+    if cfg.qa:
+        return ask(cfg, loaded, output, which)
+    data_dir = cfg.data_dir or loaded.config.get("data_dir")
+    check(data_dir, f"{loaded.path} was not trained here: --data_dir says what to score")
+    data, its_own = dataset.load(data_dir), f"; prepare.py --tokenizer {loaded.path}" if loaded.step == 0 else ""
     check(
         data.meta["tokenizer"]["sha256"] == tokenizer.sha256,
-        f"{cfg.data_dir or loaded.config['data_dir']} was made with another tokenizer "
-        f"({data.meta['tokenizer']['sha256'][:12]}) than {loaded.path} ({tokenizer.sha256[:12]})",
+        f"{data_dir} was made with another tokenizer "
+        f"({data.meta['tokenizer']['sha256'][:12]}) than {loaded.path} ({tokenizer.sha256[:12]}){its_own}",
     )
     check(
         not (cfg.chain_rule and hasattr(loaded.denoiser, "nll")),
         f"{loaded.path} is {loaded.kind}: its likelihood is exact already; leave --chain_rule out",
     )
+    check(not (data.answers and (cfg.chain_rule or cfg.judge)), "--chain_rule and --judge are for text, this is chats")
     judge = checkpoint.load(cfg.judge, pick_device(cfg.device)) if cfg.judge else None
     if judge:
         quality.check_judge(judge, tokenizer)
-    output = Path(cfg.output) if cfg.output else loaded.path.parent / "eval.json"
-    check(output.parent.is_dir(), f"--output {output}: there is no folder {output.parent}")
     ids = getattr(data, cfg.split)
-    windows = dataset.windows(ids, loaded.denoiser.config.max_seq_len, cfg.max_windows)
+    T = data.meta["seq_len"] if data.answers else loaded.denoiser.config.max_seq_len
+    windows = dataset.windows(ids, T, cfg.max_windows)
+    answers = data.answers[cfg.split][: len(windows)] if data.answers else None
     start, curve = time.perf_counter(), Reliability()
-    result = evaluate(loaded.denoiser, tokenizer, windows, cfg.masks, cfg.seed, cfg.batch_size, curve)
+    result = evaluate(loaded.denoiser, tokenizer, windows, cfg.masks, cfg.seed, cfg.batch_size, curve, answers)
     seconds = time.perf_counter() - start
     if not math.isfinite(result["bits_per_byte"]["mean"]):
         raise FloatingPointError(f"the cost of text under {loaded.path} is not finite: its weights are broken")
 
-    baselines = counting(data.train, windows, tokenizer)
+    text = data.train  # of chats, what the counting models learn and are asked for is the answers too
+    if data.answers:
+        text = torch.cat(spans(dataset.windows(data.train, T), data.answers["train"])).numpy()
+    baselines = counting(text, spans(windows, answers), tokenizer)
     result = {
-        "checkpoint": str(loaded.path),
-        "step": loaded.step,
-        "kind": loaded.kind,
+        **which,
         "split": cfg.split,
         "data_sha256": data.hash,
-        "ema": cfg.ema,
         "seed": cfg.seed,
         "batch_size": cfg.batch_size,
         **result,
@@ -297,8 +413,11 @@ def run(cfg):
     if judge:
         result["samples"], result["real_text"] = samples(loaded, judge, windows, cfg)
         print_samples(result["samples"], result["real_text"])
-    checkpoint.replace(output, lambda t: t.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
-    print(f"wrote {output}")
+    with contextlib.suppress(RuntimeError):  # a damaged file is written anew
+        old = written(output)
+        if "qa" in old and not unlike(old, which, beside=not cfg.output):
+            result["qa"] = old["qa"]  # still true of this checkpoint
+    write(output, result)
     if cfg.check:
         ours = result["bits_per_byte"]["mean"]
         against = "; ".join(f"{name} {bits:.4f} ({ours / bits - 1:+.1%})" for name, bits in baselines.items())
@@ -310,6 +429,9 @@ def run(cfg):
 
 def main():
     (cfg,) = parse(__doc__, EvaluateConfig)
+    if cfg.available:
+        print("\n".join(hub.available(total_memory(pick_device(cfg.device)))))
+        return
     names = [name.strip() for name in cfg.ckpt.split(",")]
     folders = [Path(name.strip()) for name in cfg.against.split(",") if name.strip()]
     check(all(names) or len(names) == 1, f"--ckpt {cfg.ckpt!r} names nothing between two commas")
@@ -319,7 +441,9 @@ def main():
     check(not cfg.output or len(names) == 1, "--output is for one --ckpt; several write eval.json beside each")
     for folder in folders:
         check((folder / "eval.json").is_file(), f"--against {folder}: no eval.json there; evaluate it first, alike")
-    theirs = [json.loads((folder / "eval.json").read_text("utf-8")) for folder in folders]
+    theirs = [written(folder / "eval.json") for folder in folders]
+    for folder, scores in zip(folders, theirs, strict=True):
+        check("bits_per_byte" in scores, f"--against {folder}: its eval.json holds no likelihood; evaluate it first")
     ours = [run(dataclasses.replace(cfg, ckpt=name)) for name in names]
     if theirs:
         compare(ours, theirs)

@@ -94,7 +94,7 @@ def measure(cfg, device):
     check(len(windows) >= cfg.samples, f"--samples is {cfg.samples}, the validation text has {len(windows)} windows")
     real = torch.stack([windows[i * len(windows) // cfg.samples] for i in range(cfg.samples)]).to(device)  # (n, T)
 
-    never = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id, tokenizer.eos_id]
+    never = [*tokenizer.never, tokenizer.eos_id]
     drawing = dict(temperature=cfg.temperature, top_p=cfg.top_p, forbid=never)
     table = [(name, settings) for name, all_of in ways(cfg.new_tokens, cfg.block).items() for settings in all_of]
     rows = [dict(strategy=TWIN, settings={}, label="1 a forward", steps=cfg.new_tokens, reference=True)]

@@ -29,6 +29,21 @@ def t95(freedom):
     return sum(term / freedom**power for power, term in enumerate(terms))
 
 
+def wilson(right, n):
+    """95 % interval (low, high) of a share of which `right` of n were seen; all of 0 to 1 where n is 0.
+
+    E. B. Wilson, JASA 22 (1927) 209: the shares p whose distance from right / n is at most 1.96 · sqrt(p (1 - p) / n).
+    It holds for few and for extreme counts too, and never leaves 0 to 1.
+    """
+    check(0 <= right <= n, f"{right} of {n} is no share")
+    if n == 0:
+        return 0.0, 1.0
+    z2, p = 1.959964**2, right / n
+    reach = math.sqrt(z2 * (p * (1 - p) + z2 / (4 * n)) / n)
+    low, high = ((p + z2 / (2 * n) + side) / (1 + z2 / n) for side in (-reach, reach))
+    return (low if right else 0.0), (high if right < n else 1.0)  # exactly, without rounding
+
+
 SAME = ("data_sha256", "split", "windows")  # what two eval.json share that can be paired
 SAME_MASKS = ("masks", "seed", "batch_size")  # and two bounds; an exact likelihood has no masks
 

@@ -331,19 +331,36 @@ class GPT(LanguageModel):
         """Logits (B, V) of the token behind x (B, N), whose keys and values join `cache` behind its first `start`."""
         return self.head(self.read(x, cache, start)[:, -1])
 
-    def token_nll(self, x0, observe=None):
-        """-log p(token | all before it) of x0 (B, T): (B, T) in nats. Compiled where the model is."""
-        x0 = x0.to(self.embed.weight.device)
-        return diffusion.token_nll(self(x0).flatten(0, 1), x0.flatten(), observe=observe).view(x0.shape)
+    def token_nll(self, x0, observe=None, answer=None):
+        """-log p(token | all before it) of x0 (B, T): (B, T) in nats. Compiled where the model is.
 
-    def loss(self, x0, cfg, generator=None, **kwargs):
-        """Next-token cross-entropy, nats per token. Nothing is hidden: masks, times and word starts are not used."""
-        return self.token_nll(x0).mean()
+        answer (B, 2): only from answer[:, 0] to before answer[:, 1]; 0 elsewhere, where the head is not computed.
+        """
+        x0 = x0.to(next(self.parameters()).device)
+        if answer is None:
+            return diffusion.token_nll(self(x0).flatten(0, 1), x0.flatten(), observe=observe).view(x0.shape)
+        place = torch.arange(x0.shape[1])
+        inside = (place >= answer[:, :1]) & (place < answer[:, 1:])  # (B, T), on the CPU
+        where = inside.flatten().nonzero().squeeze(1).to(x0.device)  # (N,)
+        nll = diffusion.token_nll(self(x0, where), x0.flatten()[where], observe=observe)  # (N,)
+        return nll.new_zeros(x0.numel()).index_copy(0, where, nll).view(x0.shape)
+
+    def loss(self, x0, cfg, generator=None, part=(0, 1), answer=None, **kwargs):
+        """Next-token cross-entropy, nats per token. Nothing is hidden: masks, times and word starts are not used.
+
+        answer, part: of answers alone, as in diffusion.training_loss, each token of the step's answers counts the same.
+        """
+        if answer is None:
+            return self.token_nll(x0).mean()
+        i, n = part
+        mine = answer[i * len(x0) : (i + 1) * len(x0)]
+        return self.token_nll(x0, answer=mine).sum() / ((answer[:, 1] - answer[:, 0]).sum() / n)
 
     @torch.no_grad()
-    def nll(self, x0, observe=None):
-        """Exact -log p of each row of x0 (B, T): (B,) nats per token, the unit of diffusion.bound."""
-        return self.token_nll(x0, observe).mean(1).cpu()
+    def nll(self, x0, observe=None, answer=None):
+        """Exact -log p of each row of x0 (B, T), or its answer: (B,) nats per token, the unit of diffusion.bound."""
+        nats = self.token_nll(x0, observe, answer)  # (B, T)
+        return nats.mean(1).cpu() if answer is None else nats.sum(1).cpu() / (answer[:, 1] - answer[:, 0])
 
     def flops(self, T, hidden=None):
         """As of a denoiser, but the head counts everywhere: all T tokens are predicted."""

@@ -64,7 +64,10 @@ def pieces(p):
 
 def make_optimizers(model, name, lr, weight_decay, beta2):
     """List of optimizers that together own every parameter once."""
-    inside = {m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight.dim() == 2}
+    tied = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}  # a head can be the embedding itself
+    # transformers' GPT-2 has linear layers of its own, transposed
+    linear = lambda m: isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"  # noqa: E731
+    inside = {m.weight for m in model.modules() if linear(m) and m.weight.dim() == 2} - tied
     matrices = [p for p in model.parameters() if p in inside]
     rest = [p for p in model.parameters() if p not in inside]
     adam = dict(lr=lr, betas=(0.9, beta2), eps=1e-10, foreach=True)

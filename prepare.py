@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import hub
 import tokenizer as tokenizers
 from config import PrepareConfig, parse, run_main
 from romanize import romanize
@@ -142,15 +143,20 @@ def read_jsonl(path, name, field):
             offset += len(line)
 
 
-def read_parquet(path, name, field):
+def open_parquet(path, name):
+    """A pyarrow.parquet.ParquetFile. Raises ValueError if it is none, or without pyarrow."""
     try:
         from pyarrow import lib, parquet
     except ImportError:
         raise ValueError(f"{name} needs pyarrow: pip install pyarrow") from None
     try:
-        table = parquet.ParquetFile(path)
+        return parquet.ParquetFile(path)
     except lib.ArrowInvalid as e:
         raise ValueError(f"{name} is not a parquet file: {e}") from None
+
+
+def read_parquet(path, name, field):
+    table = open_parquet(path, name)
     if field not in table.schema_arrow.names:
         raise ValueError(f"{name} has no column {field!r} but {table.schema_arrow.names}; name one with --text_field")
     for batch in table.iter_batches(batch_size=64, columns=[field]):
@@ -349,8 +355,12 @@ def make_tokenizer(cfg, texts):
         return tokenizers.Bytes()
     if cfg.tokenizer.startswith("tiktoken:"):
         return tokenizers.from_tiktoken(cfg.tokenizer.removeprefix("tiktoken:"))
+    if cfg.tokenizer.startswith("hub:"):
+        return hub.read_tokenizer(cfg.tokenizer.removeprefix("hub:"))
     if not Path(cfg.tokenizer).is_file():
-        raise FileNotFoundError(f"--tokenizer: {cfg.tokenizer} is no file, nor bpe, unigram, bytes or tiktoken:NAME")
+        raise FileNotFoundError(
+            f"--tokenizer: {cfg.tokenizer} is no file, nor bpe, unigram, bytes, tiktoken:NAME or hub:NAME"
+        )
     return tokenizers.load(cfg.tokenizer)
 
 

@@ -105,12 +105,12 @@ def continued(loaded, rows, given, steps=0, seed=0, batch_size=32):
     """
     model, ids, T = loaded.denoiser, loaded.tokenizer, rows.shape[1]
     x = rows.masked_fill(torch.arange(T) >= given, model.mask_id).to(next(model.parameters()).device)
-    drawing = dict(temperature=1.0, forbid=[ids.pad_id, ids.bos_id, ids.unk_id])
+    drawing = dict(temperature=1.0, forbid=ids.never)
     drawing["generator"] = torch.Generator().manual_seed(seed)
     if hasattr(model, "extend"):
         how, write = dict(strategy="left_to_right", steps=T - given), functools.partial(sampling.write, model)
     else:
-        how = dict(strategy=SampleConfig.strategy, steps=min(steps or T, T - given))
+        how = dict(strategy=SampleConfig().strategy, steps=min(steps or T, T - given))
         write = functools.partial(sampling.denoise, model, **how)
     done = [collections.deque(write(some, **drawing), maxlen=1).pop() for some in x.split(batch_size)]  # last steps
     return [text for step in done for text in step.x.tolist()], how | {"temperature": 1.0, "given": given}

@@ -34,6 +34,8 @@ SOUNDS = {  # SLP1 → letters, where they differ
     "R": "n", "T": "th", "D": "dh", "P": "f", "B": "bh", "S": "sh", "z": "sh", "L": "l", "f": "ri", "F": "ri",
     "x": "lri", "A": "a", "I": "i", "U": "u", "E": "ai", "O": "au", "M": "n", "~": "n", "H": "h", "X": "q",
     "Z": "z"}  # fmt: skip
+SIGNS = {0x0964: ".", 0x0965: ".", 0x0970: "."}  # danda and its kin
+SIGNS |= {0x0966 + digit: str(digit) for digit in range(10)}
 CONSONANT = "[kKgGNcCjJYwWqQRtTdDnpPbBmyrlvSzshLZX]"  # X, Z: क़ and ज़, which SLP1 writes k0 and j0
 VOWEL = "[aAiIuUfFxeEoO]"
 
@@ -76,5 +78,5 @@ def romanize(text, seed=None):
             return spell(match[0])
         return rng.choice(spellings.split()) if seed is not None else spellings.split()[0]
 
-    text = unicodedata.normalize("NFC", text).translate({0x0964: ".", 0x0965: ".", 0x0970: "."})  # danda and its kin
+    text = unicodedata.normalize("NFC", text).translate(SIGNS)
     return re.sub("[\u0900-\u0963\u0966-\u097f\u200c\u200d]{1,64}", word, text)

@@ -87,6 +87,12 @@ def suites(epochs):
         "architecture": [("full", one, {}), *((name, "variant", named) for name, named in parts.items()),
                          *((f"local_{w}", one, dict(window=w)) for w in (32, 64, 128)),
                          ("hybrid", "eco_hybrid", {}), ("pure", "eco_hybrid", dict(attn_every=0))],
+        "combined": [("default", "variant", {}), *((name, "variant", named) for name, named in dict(
+                         values=dict(value_residual=True), rates=dict(max_mask_rate=0.8), lr=dict(lr=8e-3),
+                         values_rates=dict(value_residual=True, max_mask_rate=0.8),
+                         values_rates_lr=dict(value_residual=True, max_mask_rate=0.8, lr=8e-3),
+                         values_rates_gate=dict(value_residual=True, max_mask_rate=0.8, attention_gate=True),
+                     ).items())],
         "optimizer": [(f"{o}_{lr:g}_decay{w:g}_ema{e:g}", one, dict(optimizer=o, lr=lr, weight_decay=w, ema=e))
                       for (o, lr), w, e in product(peaks, (0.1, 0.0), (0.999, 0.0))],
         "tokenizer": [(f"{t}_{v}", one, dict(data=dict(tokenizer=t, vocab_size=v)))
@@ -307,7 +313,7 @@ def finished(run):
     """Whether a run was trained with just these flags to its last step, and evaluated after that."""
     old = read_json(run.out / "config.json")
     other = old.get("max_steps") != run.steps or train_diffusion.differences(old, run.fields)
-    if other or not (run.out / "eval.json").is_file():
+    if other or "bits_per_byte" not in read_json(run.out / "eval.json"):  # there is none, or of questions alone
         return False
     last = [r["step"] for r in read_metrics(run.out) if "bits_per_byte" in r][-1:]
     return last == [run.steps] and (run.out / "eval.json").stat().st_mtime >= (run.out / "latest.pt").stat().st_mtime

@@ -2,14 +2,19 @@
 
     python sample_diffusion.py --prompt "एक दिन" --max_new_tokens 64 --steps 16
     python sample_diffusion.py --prompt "मैं कल ___ गया था" --html replay.html      # ___5___ is a blank of five tokens
+    python sample_diffusion.py --ckpt checkpoints/chat_hi --chat                    # a talk, after train_instruct.py
 
+In a talk /stop or Ctrl-C stops an answer, Ctrl-C twice or the end of the input leaves; what no longer fits into the
+model's window is forgotten, oldest first. Questions can be piped in, a line each.
 An autoregressive checkpoint continues a prompt from left to right, one token a forward, and cannot fill blanks;
 --strategy, --steps, --threshold and --confidence_stop are for denoisers and change nothing there.
 Counted are the tokens that are shown and were not given; forwards are passes through the model, of the whole batch.
 """
 
+import dataclasses
 import itertools
 import re
+import select
 import shutil
 import sys
 import time
@@ -17,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
+import chat
 import checkpoint
 import gif
 import sampling
@@ -102,7 +108,7 @@ class Samples:
 def decoding(loaded, x, lengths, cfg, blanks=False, observe=None):
     """The Steps that fill x (B, T) as cfg (a SampleConfig) says, and draw no token that is no text. blanks: nor EOS."""
     denoiser, tokenizer = loaded.denoiser, loaded.tokenizer
-    never = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id]
+    never = [*tokenizer.never]
     if blanks:
         never.append(tokenizer.eos_id)  # it has no text: a blank would show fewer tokens than it was given
     drawing = {k: getattr(cfg, k) for k in ("temperature", "top_k", "top_p", "no_repeat")}
@@ -116,16 +122,22 @@ def decoding(loaded, x, lengths, cfg, blanks=False, observe=None):
 def generate(loaded, prompts, cfg, on_step=None):
     """Samples for each prompt, cfg.num_samples each, in one batch. on_step(step, length of row 0) sees each step.
 
+    A prompt is a text, or a list of ids (chat.prompt), behind which cfg.max_new_tokens are written.
+
     A blank of free length is tried in every length, each a row; the row whose tokens were surest on average wins.
     """
     tokenizer, denoiser = loaded.tokenizer, loaded.denoiser
-    blanks, causal = any(BLANK.search(prompt) for prompt in prompts), hasattr(denoiser, "extend")
+    blanks = any(isinstance(prompt, str) and BLANK.search(prompt) for prompt in prompts)
+    causal = hasattr(denoiser, "extend")
     check(not (causal and blanks), "an autoregressive model cannot fill blanks; leave ___ out, or name a denoiser")
     check(not (cfg.block_length and blanks), "blanks need what stands behind them: leave --block_length out")
     check(not (denoiser.block_length and blanks), "blanks need what stands behind them: name a model without blocks")
     rows, groups = [], []  # groups: one a sample, the rows that compete for it
     for prompt in prompts:
-        options = canvases(prompt, tokenizer, denoiser.mask_id, cfg.max_new_tokens, denoiser.config.max_seq_len)
+        if isinstance(prompt, str):
+            options = canvases(prompt, tokenizer, denoiser.mask_id, cfg.max_new_tokens, denoiser.config.max_seq_len)
+        else:
+            options = [prompt + [denoiser.mask_id] * cfg.max_new_tokens]
         for _ in range(cfg.num_samples):
             groups.append(range(len(rows), len(rows) + len(options)))
             rows += options
@@ -150,6 +162,87 @@ def generate(loaded, prompts, cfg, on_step=None):
     return Samples(texts, written, steps, seconds, [(r, len(rows[r])) for r in best])
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# a talk
+
+
+class Stopped(Exception):
+    """Nobody wants the rest of this answer."""
+
+
+def ask(loaded, turns, cfg, on_step=None):
+    """The text that answers turns which end with the user's. on_step(step, n_prompt) sees each step.
+
+    The oldest exchanges are left out until cfg.max_new_tokens, or half of the window, are free for the answer. Raises
+    ValueError if the last question alone is too long.
+    """
+    limit = loaded.denoiser.config.max_seq_len
+    most = limit - min(cfg.max_new_tokens, limit // 2)
+    kept = chat.latest(turns, lambda t: len(chat.prompt(t, loaded.tokenizer)) <= most)
+    ids = chat.prompt(kept or turns[-1:], loaded.tokenizer)
+    check(kept, f"the question takes {len(ids)} tokens, of the window's {limit} there are {most} for it; shorten it")
+    cfg = dataclasses.replace(cfg, max_new_tokens=min(cfg.max_new_tokens, limit - len(ids)))
+    samples = generate(loaded, [ids], cfg, on_step and (lambda step, length: on_step(step, len(ids))))
+    return chat.answer(samples.texts[0][len(ids) :], loaded.tokenizer)
+
+
+def talk(loaded, cfg):
+    """Questions, from --prompt or line by line from standard input, and their answers, as they appear."""
+    check(cfg.max_new_tokens, "--max_new_tokens is 0, an answer needs 1 or more")
+    check(cfg.num_samples == 1 and not cfg.html and not cfg.json, "--num_samples, --html and --json are not for --chat")
+    tokenizer, terminal = loaded.tokenizer, sys.stdin.isatty() and sys.stdout.isatty() and not cfg.prompt
+    turns, waiting, leave = [], [cfg.prompt] if cfg.prompt else [], False
+    while waiting or not cfg.prompt:
+        try:
+            line = waiting.pop(0) if waiting else input("> ") if terminal else next(sys.stdin)
+        except (EOFError, StopIteration):
+            return
+        except KeyboardInterrupt:
+            if leave or not terminal:
+                raise
+            leave = True
+            print("\n(Ctrl-C again leaves)")
+            continue
+        if line.strip() in ("", "/stop"):
+            continue
+        turns.append(dict(role="user", content=line))
+        screen = Screen() if cfg.live and sys.stdout.isatty() else None
+        trace, so_far, leave = traces.Trace(tokenizer, loaded.denoiser.mask_id), [], False
+
+        def show(step, n, screen=screen, trace=trace, so_far=so_far):
+            so_far[:] = step.x[0, n:].tolist()
+            if screen:
+                here = {k: getattr(step, k)[:, n:] for k in ("x", "revealed", "confidence")}
+                trace.add(dataclasses.replace(step, **here))
+                screen.show(trace.units)
+            while terminal and select.select([sys.stdin], [], [], 0)[0]:
+                typed = sys.stdin.readline()
+                if screen:
+                    screen.drawn += 1  # its echo took a line
+                if typed.strip() in ("", "/stop"):  # an empty line too, and the end of the input
+                    raise Stopped
+                waiting.append(typed)
+
+        note = ""
+        try:
+            text = ask(loaded, turns, cfg, show)
+        except (Stopped, KeyboardInterrupt) as e:
+            if not terminal:
+                raise
+            text, leave = chat.answer(so_far, tokenizer), isinstance(e, KeyboardInterrupt)
+            note = " (stopped; Ctrl-C again leaves)" if leave else " (stopped)"
+        except ValueError as e:
+            if not terminal:
+                raise
+            turns.pop()
+            print(e)
+            continue
+        if screen:
+            screen.show([])  # the text follows, without what stands behind its end
+        print(text + note, flush=True)
+        turns.append(dict(role="assistant", content=text))
+
+
 def main():
     (cfg,) = parse(__doc__, SampleConfig)
     loaded = checkpoint.load(cfg.ckpt or checkpoint.newest_run(), pick_device(cfg.device), cfg.ema)
@@ -161,6 +254,8 @@ def main():
             f"{cfg.tokenizer} (sha256 {given[:12]}) is not the tokenizer of {loaded.path} "
             f"({tokenizer.sha256[:12]}); leave --tokenizer out",
         )
+    if cfg.chat:
+        return talk(loaded, cfg)
     prompts = [p.strip() for p in cfg.prompt.split("||")]
     blanks = any(BLANK.search(p) for p in prompts)
 

@@ -115,9 +115,24 @@ def begin_with(path, kind, sizes, tokenizer):
     old, new = (dataclasses.asdict(c) | dict(block_length=0, dropout=0) for c in (other.denoiser.config, sizes))
     old |= dict(kind=other.kind, tokenizer=other.tokenizer.sha256[:12])
     new |= dict(kind=kind, tokenizer=tokenizer.sha256[:12])
+    if kind not in checkpoint.OURS:  # its positions reach further, whatever window is asked for
+        old["max_seq_len"] = new["max_seq_len"]
     fields = ", ".join(f"{k} {old.get(k)!r}, here {v!r}" for k, v in new.items() if old.get(k) != v)
     check(not fields, f"--init {path} cannot begin this run: {fields}")
     return other.denoiser.state_dict()
+
+
+def join_processes(run):
+    """(rank, world, device) of this process; torchrun's others are joined, once."""
+    rank, world, local_rank = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    device = pick_device(run.device, local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():  # the others wait while the first process validates: hours, not minutes
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    return rank, world, device
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,20 +141,16 @@ def begin_with(path, kind, sizes, tokenizer):
 
 def train(kind, mask, sizes, run, quiet=False):
     """Train a model of `kind` (a key of checkpoint.MODELS); returns the last validation, a dict."""
-    rank, world, local_rank = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    rank, world, device = join_processes(run)
     first = rank == 0
-    device = pick_device(run.device, local_rank)
     if run.threads:
         torch.set_num_threads(run.threads)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():  # the others wait while the first process validates: hours, not minutes
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     say = (lambda *a: None) if quiet or not first else (lambda *a: tqdm.write(" ".join(map(str, a))))
+    if run.init.startswith("hub:"):  # a pretrained model brings its kind and sizes
+        pretrained = checkpoint.load(run.init)
+        kind, sizes = pretrained.kind, pretrained.denoiser.config
 
-    # --- data: x0 comes from train.bin through dataset.batch, nowhere else
+    # --- data: x0 comes from train.bin through dataset.batch, or, of chats, dataset.rows_of_chats, nowhere else
     data = dataset.load(run.data_dir)
     folder = Path(run.data_dir)
     tokenizer = tokenizers.load(folder / data.meta["tokenizer"]["file"])
@@ -153,10 +164,17 @@ def train(kind, mask, sizes, run, quiet=False):
         mask.masking_strategy == "token" or not 0 < sizes.block_length < run.seq_len,
         "--masking_strategy span and --block_length exclude each other: spans know no blocks",
     )
-    dataset.batch(data.train, run.seq_len, range(0), n_parts * run.batch_size, run.seed, 0)  # long enough?
+    if data.answers:
+        T = data.meta["seq_len"]
+        check(run.seq_len == T, f"--seq_len is {run.seq_len}, and {folder} holds rows of {T} tokens")
+        check(mask.masking_strategy == "token", "--masking_strategy span is for text, this is chats")
+    else:
+        dataset.batch(data.train, run.seq_len, range(0), n_parts * run.batch_size, run.seed, 0)  # long enough?
     starts = torch.from_numpy(tokenizer.word_starts())  # (V,) bool
     windows = dataset.windows(data.val, run.seq_len, run.eval_windows)
-    sizes = dataclasses.replace(sizes, vocab_size=V, max_seq_len=run.seq_len)
+    answers = data.answers["val"][: len(windows)] if data.answers else None
+    longest = max(sizes.max_seq_len, run.seq_len) if data.answers else run.seq_len  # tuned to chat, it reaches as far
+    sizes = dataclasses.replace(sizes, vocab_size=V, max_seq_len=longest)
     begun = begin_with(run.init, kind, sizes, tokenizer) if run.init and not run.resume else None
     out = Path(run.output_dir)
     if first:
@@ -276,17 +294,13 @@ def train(kind, mask, sizes, run, quiet=False):
             with weights, autocast, torch.compiler.set_stance("force_eager"):  # other shapes than in training
                 if judge:
                     start = time.perf_counter()
-                    valid = evaluate.evaluate(model, tokenizer, windows, run.eval_masks)
+                    valid = evaluate.evaluate(model, tokenizer, windows, run.eval_masks, answers=answers)
                     bits, nats = valid["bits_per_byte"]["mean"], valid["nats_per_token"]["mean"]
                     improved = bits < best  # NaN is never best
-                    log(
-                        dict(
-                            step=step,
-                            bits_per_byte=bits,
-                            nats_per_token=nats,
-                            seconds={"validation": time.perf_counter() - start},
-                        )
-                    )
+                    record = dict(step=step, bits_per_byte=bits, nats_per_token=nats)
+                    if answers is not None:
+                        record |= dict(accuracy_by_hidden_fraction=valid["accuracy_by_hidden_fraction"])
+                    log(record | dict(seconds={"validation": time.perf_counter() - start}))
                     say(f"step {step:,}: validation {valid['likelihood']} {bits:.4f} bits/byte, {nats:.4f} nats/token")
                 if show:
                     view = checkpoint.Loaded(model, tokenizer, config, step, kind, out)
@@ -316,10 +330,14 @@ def train(kind, mask, sizes, run, quiet=False):
         for micro in range(run.grad_accum):
             i = micro * world + rank
             rows = range(i * run.batch_size, (i + 1) * run.batch_size)
-            x0 = dataset.batch(data.train, run.seq_len, rows, n_parts * run.batch_size, run.seed, step)  # (B, T)
+            rows_a_step, answer = n_parts * run.batch_size, None
+            if data.answers:
+                x0, answer = dataset.rows_of_chats(data, rows, rows_a_step, run.seed, step)  # (B, T), (rows_a_step, 2)
+            else:
+                x0 = dataset.batch(data.train, run.seq_len, rows, rows_a_step, run.seed, step)  # (B, T)
             with autocast:
                 masks = generator_for(0, run.seed, step)
-                loss = model.loss(x0, step_mask, masks, part=(i, n_parts), starts=starts[x0])
+                loss = model.loss(x0, step_mask, masks, part=(i, n_parts), starts=starts[x0], answer=answer)
             scaler.scale(loss / run.grad_accum).backward()
             total += loss.detach() / run.grad_accum
         if world > 1:

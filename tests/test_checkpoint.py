@@ -415,7 +415,7 @@ def references(data, tmp_path_factory):
     return reference
 
 
-@pytest.mark.parametrize("kind", checkpoint.MODELS)
+@pytest.mark.parametrize("kind", checkpoint.OURS)
 def test_every_kind_stops_resumes_and_loads(data, tmp_path, kind):
     """C6 in this process: the same steps with a stop after 6, and the weights come back into a fresh model."""
     train(data, tmp_path / "one", kind=kind)

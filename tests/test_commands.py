@@ -29,6 +29,7 @@ SCRIPTS = {
     "prepare": [config.PrepareConfig],
     "train_diffusion": [config.MaskConfig, config.TransformerConfig, config.TrainConfig],
     "train_autoregressive": [config.MaskConfig, config.AutoregressiveConfig, config.TrainConfig],
+    "train_instruct": [config.InstructConfig, config.TrainConfig],
     "sample_diffusion": [config.SampleConfig],
     "sample_eco_hybrid": [config.SampleConfig],
     "evaluate": [config.EvaluateConfig],

@@ -454,6 +454,27 @@ def test_every_chart_is_one_of_plotlys(make, compared):
 # the page
 
 
+def test_answers_to_questions_stand_beside_the_likelihood(make, compared):
+    """And a run that was only asked questions has no likelihood that could differ."""
+    figures = [dict(n=n, right=k, mean=k / n, low=low, high=high) for n, k, low, high in (
+        (40, 10, 0.1419, 0.4019), (40, 1, 0.0044, 0.1288), (40, 20, 0.352, 0.648))]  # fmt: skip
+    a = make("a", scores([1, 1], qa=dict(accuracy=figures[0], majority=figures[1])), seed=1)
+    b = make("b", dict(step=90, ema=True, qa=dict(accuracy=figures[2], majority=figures[1])), seed=2)
+    result, page, _ = compared(a, b)
+    assert result.code == 0 and "data_sha256 in eval.json" not in result.out
+    for header, cells in {
+        "questions": ("40", "40"),
+        "questions right": ("0.250", "0.500"),
+        "questions right, 95 % interval": ("0.142 to 0.402", "0.352 to 0.648"),
+        "one constant answer right": ("0.025", "0.025"),
+    }.items():
+        assert column(page, "Runs", header) == dict(zip("ab", cells, strict=True))
+    assert column(page, "Runs", "bits/byte")["b"] == "–"
+    assert [*column(page, "Groups over seeds", "questions right").values()] == ["0.375 ± 0.125"]
+    page = compared(a, make("c", dict(qa=dict(accuracy=figures[2])), lr=1.0))[1]
+    assert page.tables["Paired differences"][1][-1] == "not evaluated yet"
+
+
 def test_samples_side_by_side(make, compared):
     first, last = ([f"{p} {word}" for p in config.PROMPTS] for word in ("पहले", "बाद में"))
     a = make("a", records=metrics(more=[dict(step=50, samples=first), dict(step=100, samples=last)]))

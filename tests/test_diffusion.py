@@ -621,7 +621,10 @@ def test_an_observer_sees_each_hidden_token_once_and_changes_nothing(kind):
     hook.remove()
     assert torch.equal(nats, plain[0]) and torch.equal(hidden, plain[1]) and len(forwards) == 2 * count
     k = (hidden * torch.tensor([len(w) for w in windows])[:, None]).round().long()
-    logits, target = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    logits, target, share = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    T = torch.tensor([16, 16, 16, 7])[:, None]
+    counts = dict(zip(*(v.tolist() for v in share.unique(return_counts=True)), strict=True))  # each share's own tokens
+    assert counts == {s: int((k * (hidden == s)).sum()) for s in hidden.unique().tolist()} and T.sum() == 55
     assert len(target) == k.sum() and torch.equal(logits, torch.cat(forwards[count:]))
     for v in (logits, target):
         assert not v.requires_grad

@@ -61,6 +61,15 @@ def test_a_uniform_model_costs_log_V_a_token(tokenizer):
     assert result["tokens"] == tokens and result["windows"] == len(windows) and result["masks"] == 3
 
 
+def test_a_large_vocabulary_takes_smaller_batches(tokenizer, monkeypatch):
+    """Two windows' logits fit: no forward sees more rows, and every window is scored."""
+    windows, V, model = scored(tokenizer), tokenizer.vocab_size, fixed(*[0.0] * tokenizer.vocab_size)
+    monkeypatch.setattr(evaluate, "MOST_LOGITS", 3 * V * len(windows[0]) - 1)
+    result = evaluate.evaluate(model, tokenizer, windows, masks=1)
+    assert {len(x) for x in model.seen} <= {1, 2} and sum(map(len, model.seen)) == len(windows)
+    assert result["nats_per_token"]["mean"] == pytest.approx(math.log(V))
+
+
 def test_error_of_a_ratio_is_that_of_the_bootstrap():
     g = np.random.default_rng(0)
     size = g.uniform(20, 60, 400)

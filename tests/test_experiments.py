@@ -564,6 +564,9 @@ def test_when_a_run_is_finished(command, trained, data, tmp_path):
                                dataset.load(data))  # fmt: skip
 
     assert len(TINY) % 2 == 0 and not experiments.finished(made())
+    (out / "eval.json").write_text('{"qa": {}}')  # only asked questions
+    assert not experiments.finished(made()) and experiments.result(made())["status"] == "unfinished"
+    (out / "eval.json").unlink()
     assert command("evaluate", "--ckpt", out, "--masks", 1).code == 0
     assert experiments.finished(made()) and experiments.result(made())["status"] == "done"
     assert experiments.finished(made(eval_interval=3, output_dir=out))  # as --resume allows

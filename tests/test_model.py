@@ -29,7 +29,7 @@ VARIANTS = {  # name -> kind, sizes
     "no_qk_norm": ("variant", dict(norm="no_qk")),
 }
 each_kind = pytest.mark.parametrize("kind", [*KINDS, *VARIANTS])  # the denoisers
-each_model = pytest.mark.parametrize("kind", [*checkpoint.MODELS, *VARIANTS])
+each_model = pytest.mark.parametrize("kind", [*checkpoint.OURS, *VARIANTS])
 
 
 def build(kind, **sizes):

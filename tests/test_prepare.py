@@ -562,7 +562,7 @@ SPELLINGS = """
 किताब kitab kitaab | विश्वास vishwas vishwaas | लंबा lamba | संबंध sambandh | ज़िंदगी zindagi | मछली machhli machli
 छोटा chhota chota | तुम्हारा tumhara | हाथ haath hath | परमात्मा parmatma | डॉक्टर doctor daktar
 कॉलेज kolej college | सूर्य surya | धर्म dharm dharma | प्रश्न prashn prashna | अंदर andar | हमें hame hamen hamein
-१२३ 123 | समझना samajhna
+१२३ 123 | १०० 100 | ० 0 | समझना samajhna
 """
 
 

@@ -146,8 +146,8 @@ def test_a_validation_of_nan_is_never_the_best(data, tmp_path, monkeypatch, comm
     """R7: neither as the first, nor later; and --check has nothing to compare."""
     values, real = iter([math.nan, None, math.nan]), evaluate.evaluate
 
-    def sometimes(*args):
-        result, value = real(*args), next(values, math.nan)
+    def sometimes(*args, **kwargs):
+        result, value = real(*args, **kwargs), next(values, math.nan)
         if value is not None:
             result["bits_per_byte"]["mean"] = value
         return result

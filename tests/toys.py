@@ -13,7 +13,7 @@ V, T = 3, 4
 STRINGS = torch.tensor(list(itertools.product(range(V), repeat=T)))  # (81, T)
 MASKS = torch.tensor(list(itertools.product([False, True], repeat=T)))[1:]  # (15, T) all but the empty one
 MASK_PROBS = torch.tensor([1 / (T * math.comb(T, int(m.sum()))) for m in MASKS], dtype=torch.float64)  # k uniform
-KINDS = [kind for kind, (_, model) in checkpoint.MODELS.items() if issubclass(model, Denoiser)]
+KINDS = [kind for kind in checkpoint.OURS if issubclass(checkpoint.MODELS[kind][1], Denoiser)]
 
 UNIGRAM = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 STEP = torch.tensor([[0.7, 0.3, 0.0], [0.1, 0.2, 0.7], [0.6, 0.0, 0.4]], dtype=torch.float64)  # p(b | a), two never
