@@ -41,8 +41,15 @@ def canvases(prompt, tokenizer, mask_id, max_new_tokens, limit):
     Raises ValueError if one is longer than `limit`, or if there is nothing to fill.
     """
     pieces = BLANK.split(prompt)  # text, length or None, text, ...
-    holes = sum(int(n or 1) for n in pieces[1::2]) if pieces[1:] else max_new_tokens
-    check(holes <= limit, f"what is to be written takes {holes} tokens, the model's window holds {limit}; ask for less")
+
+    def fits(longest):
+        check(
+            longest <= limit,
+            f"the prompt and what is to be written take {longest} tokens, the model's window holds {limit}; "
+            f"shorten the prompt ({len(tokenizer.encode(prompt))} tokens) or --max_new_tokens",
+        )
+
+    fits(sum(int(n or 1) for n in pieces[1::2]) if pieces[1:] else len(tokenizer.encode(prompt)) + max_new_tokens)
     if len(pieces) == 1:
         rows = [tokenizer.encode(prompt) + [mask_id] * max_new_tokens]
     else:
@@ -62,11 +69,7 @@ def canvases(prompt, tokenizer, mask_id, max_new_tokens, limit):
             rows.append(row)
         rows = [row for row in rows if len(row) <= limit] or [min(rows, key=len)]
     longest = max(map(len, rows))
-    check(
-        longest <= limit,
-        f"the prompt and what is to be written take {longest} tokens, the model's window holds {limit}; "
-        f"shorten the prompt ({len(tokenizer.encode(prompt))} tokens) or --max_new_tokens",
-    )
+    fits(longest)
     check(longest > 0, "there is nothing to write: the prompt is empty and --max_new_tokens is 0")
     return rows
 
@@ -170,8 +173,8 @@ class Stopped(Exception):
     """Nobody wants the rest of this answer."""
 
 
-def ask(loaded, turns, cfg, on_step=None):
-    """The text that answers turns which end with the user's. on_step(step, n_prompt) sees each step.
+def asked(loaded, turns, cfg):
+    """Turns that end with the user's → (ids that the answer stands behind, cfg for as many new tokens as then fit).
 
     The oldest exchanges are left out until cfg.max_new_tokens, or half of the window, are free for the answer. Raises
     ValueError if the last question alone is too long.
@@ -181,7 +184,12 @@ def ask(loaded, turns, cfg, on_step=None):
     kept = chat.latest(turns, lambda t: len(chat.prompt(t, loaded.tokenizer)) <= most)
     ids = chat.prompt(kept or turns[-1:], loaded.tokenizer)
     check(kept, f"the question takes {len(ids)} tokens, of the window's {limit} there are {most} for it; shorten it")
-    cfg = dataclasses.replace(cfg, max_new_tokens=min(cfg.max_new_tokens, limit - len(ids)))
+    return ids, dataclasses.replace(cfg, max_new_tokens=min(cfg.max_new_tokens, limit - len(ids)))
+
+
+def ask(loaded, turns, cfg, on_step=None):
+    """The text that answers turns which end with the user's, see `asked`. on_step(step, n_prompt) sees each step."""
+    ids, cfg = asked(loaded, turns, cfg)
     samples = generate(loaded, [ids], cfg, on_step and (lambda step, length: on_step(step, len(ids))))
     return chat.answer(samples.texts[0][len(ids) :], loaded.tokenizer)
 
