@@ -36,7 +36,7 @@ quickstart: .venv/core
 	@test -f $(DATA)/meta.json || $(PY) prepare.py --output_dir $(DATA) --vocab_size 1024 --romanized 0.1
 	$(PY) train_diffusion.py --preset tiny --data_dir $(DATA) --output_dir $(RUN) $(if $(wildcard $(RUN)/*.pt),--resume)
 	$(PY) sample_diffusion.py --ckpt $(RUN)/best.pt --prompt "$(PROMPTS)" --temperature 0.6 --no_live
-	@$(PY) sample_diffusion.py --ckpt $(RUN)/best.pt --prompt "एक दिन" --temperature 0.6 --html $(RUN)/replay.html --no_live > /dev/null
+	@$(PY) sample_diffusion.py --ckpt $(RUN)/best.pt --prompt "एक दिन" --temperature 0.6 --html $(RUN)/replay.html --json $(RUN)/replay.json --no_live > /dev/null
 	$(PY) evaluate.py --ckpt $(RUN)/best.pt --check; code=$$?; $(PY) plot.py $(RUN) && exit $$code
 	@echo
 	@echo "Look at $(RUN)/loss.png, and open $(RUN)/replay.html in a browser to see text appear step by step. Next:"

@@ -78,8 +78,11 @@ def build(models, cfg):
         return gr.HTML(html_template=f'<div class="stage"></div>{replay}', js_on_load=script, **props, **more)
 
     twins = [n for n in names if do.causal(n)]
+    longest = max(map(do.window, names), default=512)  # a slider ends where the model that is chosen does, see do.fit
     denoisers = [n for n in names if n not in twins] or names
     first, second = (denoisers or [None])[0], (twins or names or [None])[0]
+    task = do.tasks(first)
+    order, _ = do.orders(task)
     with gr.Blocks(title="nanoHinDi", fill_width=True, delete_cache=(600, 3600), analytics_enabled=False) as page:
         kept, points, seen = gr.State(time_to_live=3600), gr.State([], time_to_live=3600), gr.State()
         with gr.Row():
@@ -94,15 +97,15 @@ def build(models, cfg):
         with say(gr.Tab, dict(label="tab_generate"), id="generate"):
             with gr.Row():
                 model = say(gr.Dropdown, dict(label="model"), choices=names, value=first)
-                mode = say(gr.Radio, dict(label="mode", choices="modes"), value="continue")
+                mode = say(gr.Radio, dict(label="mode", choices="modes"), value=task)
             box = dict(value=EXAMPLES[0], lines=2, max_length=LETTERS, elem_id="prompt")
             prompt = say(gr.Textbox, dict(label="prompt", info="prompt_hint"), **box)
             gr.Examples(EXAMPLES, prompt, label="उदाहरण · Examples")
             with say(gr.Accordion, dict(label="more"), open=False):
                 with gr.Row():
-                    length = say(gr.Slider, dict(label="length"), minimum=1, maximum=512, value=48, step=1)
-                    steps = say(gr.Slider, dict(label="steps"), minimum=1, maximum=512, value=48, step=1)
-                    strategy = say(gr.Dropdown, dict(label="strategy"), choices=list(STRATEGIES), value="confidence")
+                    length = say(gr.Slider, dict(label="length"), minimum=1, maximum=longest, value=48, step=1)
+                    steps = say(gr.Slider, dict(label="steps"), minimum=1, maximum=longest, value=48, step=1)
+                    strategy = say(gr.Dropdown, dict(label="strategy"), choices=list(STRATEGIES), value=order)
                     temperature = say(gr.Slider, dict(label="temperature"), minimum=0, maximum=2, value=0.7, step=0.05)
                 with gr.Row():
                     top_p = say(gr.Slider, dict(label="top_p"), minimum=0.05, maximum=1, value=1, step=0.05)
@@ -112,7 +115,7 @@ def build(models, cfg):
             with gr.Row():
                 go_button = say(gr.Button, dict(value="go"), variant="primary", elem_classes="go-key", elem_id="go")
                 stop = say(gr.Button, dict(value="stop"), elem_classes="stop-key", elem_id="stop")
-                forget = say(gr.Button, dict(value="new_chat"), visible=False)
+                forget = say(gr.Button, dict(value="new_chat"), visible=task == "chat")
             board = stage(edit=True, elem_id="board")
             with gr.Row():
                 say(gr.Markdown, dict(value="export"))
@@ -125,7 +128,9 @@ def build(models, cfg):
         board.again(do.again, [kept], [board, kept], api_name=False, **MODEL)
         stop.click(do.halt, queue=False, api_name="stop")
         forget.click(lambda: (None, packed(dict(trace=None))), None, [kept, board], api_name=False)
-        mode.change(lambda m: gr.update(visible=m == "chat"), mode, forget, api_name=False)
+        mode.input(do.orders, mode, [strategy, forget], api_name=False)
+        model.input(do.tasks, model, mode, api_name=False).then(do.orders, mode, [strategy, forget], api_name=False)
+        gr.on([model.input, page.load], do.fit, [model, length, steps], [length, steps], api_name="fit")
         for kind, button in zip(("html", "json", "gif"), buttons, strict=True):
             button.click(do.export(kind), [kept], file, api_name=f"export_{kind}")
 
@@ -138,8 +143,8 @@ def build(models, cfg):
                             value=(twins or [""])[0])  # fmt: skip
             start = say(gr.Textbox, dict(label="prompt"), value=EXAMPLES[1], max_length=LETTERS)
             with gr.Row():
-                race_length = say(gr.Slider, dict(label="length"), minimum=1, maximum=512, value=64, step=1)
-                race_steps = say(gr.Slider, dict(label="steps"), minimum=1, maximum=512, value=16, step=1)
+                race_length = say(gr.Slider, dict(label="length"), minimum=1, maximum=longest, value=64, step=1)
+                race_steps = say(gr.Slider, dict(label="steps"), minimum=1, maximum=longest, value=16, step=1)
                 repeats = say(gr.Slider, dict(label="repeats"), minimum=1, maximum=REPEATS, value=1, step=1)
             with gr.Row():
                 race_order = say(gr.Dropdown, dict(label="strategy"), choices=list(STRATEGIES), value="dilated")
@@ -153,11 +158,15 @@ def build(models, cfg):
             with gr.Row():
                 speed, memory = gr.Plot(show_label=False), gr.Plot(show_label=False)
             with gr.Row():
-                front, quizzed = gr.Plot(show_label=False), gr.Plot(show_label=False, visible=False)
+                front = gr.Plot(show_label=False)
+            with gr.Row():
+                frontier, quizzed = (gr.Plot(show_label=False, visible=False) for _ in range(2))
         asked = [left, right, start, race_length, race_steps, race_order, race_heat, race_seed, judge, repeats]
         racing.click(
             do.run_race, [*asked, points, lang], [both, figures, speed, memory, front, points], api_name="race", **MODEL
         )
+        fitted = dict(inputs=[left, right, race_length, race_steps], outputs=[race_length, race_steps])
+        gr.on([left.input, right.input, page.load], do.fit, **fitted, api_name=False)
         race_stop.click(do.halt, queue=False, api_name=False)
 
         with say(gr.Tab, dict(label="tab_inside"), id="inside"):
@@ -189,7 +198,7 @@ def build(models, cfg):
 
         with say(gr.Tab, dict(label="tab_results"), id="results"):
             say(gr.Markdown, dict(value="refresh"))
-            there = list(do.folders())
+            there = list(do.runs_at_hand())
             runs = say(gr.Dropdown, dict(label="runs"), choices=there, multiselect=True, value=there[:6])
             with gr.Row():
                 validation, loss = gr.Plot(show_label=False), gr.Plot(show_label=False)
@@ -200,26 +209,28 @@ def build(models, cfg):
                              css_template="iframe { width: 100%; height: 80vh; border: 1px solid #8884; }",
                              js_on_load=FRAME, elem_id="framed")  # fmt: skip
         shown_results = [runs, tables, validation, loss, seen]
-        gr.Timer(3).tick(do.results, [runs, seen], shown_results, api_name="results", show_progress="hidden")
-        runs.input(do.results, [runs, seen], shown_results, api_name=False, show_progress="hidden")
+        shown_anew = dict(inputs=[runs, seen, lang], outputs=shown_results, show_progress="hidden")
+        gr.Timer(3).tick(do.results, **shown_anew, api_name="results")
+        gr.on([runs.input, lang.change], do.results, **shown_anew, api_name=False)
         reporting.click(do.make_report, runs, [report_file, framed], api_name="report")
 
         def translate(lang):
             check(lang in TEXTS, "there is no such language")
             texts = [gr.update(**speak(lang, keys)) for _, keys in spoken]
-            return *texts, do.questions(lang)
+            return *texts, *do.measured(lang)
 
         def first_language(request: gr.Request):
             wanted = request.query_params.get("lang") or request.headers.get("accept-language", "")
             return "hi" if wanted.startswith("hi") else "en"
 
-        outputs = [*(c for c, _ in spoken), quizzed]
+        outputs = [*(c for c, _ in spoken), frontier, quizzed]
         lang.change(translate, lang, outputs, api_name=False, show_progress="hidden", queue=False)
         lang.change(None, lang, js="l => { document.documentElement.lang = l }")
         spoke = page.load(first_language, None, lang, api_name=False, queue=False)
         if models:
             spoke.then(do.process, [*asked, lang], [window, holes], api_name=False, show_progress="hidden", **MODEL)
-        page.load(do.questions, lang, quizzed, api_name=False, show_progress="hidden")
+        page.load(do.measured, lang, [frontier, quizzed], api_name="measured", show_progress="hidden")
+        page.unload(do.halt)  # who leaves wants no more
     page.queue(max_size=cfg.queue, default_concurrency_limit=4)
     return page
 

@@ -30,6 +30,7 @@ import gif
 import inside
 import race
 import report
+import sample_diffusion
 import traces
 from config import SampleConfig, check, one_line
 from machine import pick_device
@@ -37,9 +38,11 @@ from sample_diffusion import BLANK, canvases, decoding, right_padded
 from sampling import STRATEGIES
 
 TEXTS = json.loads(Path(__file__).with_name("app_texts.json").read_text(encoding="utf-8"))
-LETTERS, STEPS, REPEATS = 8000, 1024, 20  # most of each that a request may ask for
+LETTERS, STEPS, REPEATS, TURNS = 8000, 1024, 20, 100  # most of each that a request may ask for
+BOXES = dict.fromkeys(p.resolve() for p in (Path("models"), Path(__file__).parent / "models"))
 PACE = 0.06  # seconds between two pictures of a text that appears
 CLEAR = "rgba(0,0,0,0)"
+CAUSAL = ("autoregressive", "hub_causal", "hub_seq2seq")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # models and requests
@@ -58,15 +61,32 @@ def find_models(cfg):
     if cfg.ckpt:
         names = list(dict.fromkeys(name.strip() for name in cfg.ckpt.split(",") if name.strip()))
         return {n: n for n in names if n.startswith("hub:")} | labelled([n for n in names if not n.startswith("hub:")])
+    boxed = sorted({p.parent for root in BOXES for p in root.glob("*/model.safetensors")})
     found = (p for root in ("checkpoints", "models") for n in ("*/*.pt", "*/*/*.pt") for p in Path(root).glob(n))
     runs = {p.parent for p in found if p.name in ("best.pt", "latest.pt")}
-    return labelled(sorted(runs, key=lambda run: -run.stat().st_mtime))
+    return labelled([*boxed, *sorted(runs, key=lambda run: -run.stat().st_mtime)])
 
 
 def file_of(path):
-    """The file that a run folder's model comes from, or None."""
-    files = [Path(path), *(Path(path) / n for n in ("best.pt", "latest.pt"))]
+    """The file that a folder's model comes from, or None."""
+    files = [Path(path), *(Path(path) / n for n in ("best.pt", "latest.pt", "model.safetensors"))]
     return next((f for f in files if f.is_file()), None)
+
+
+def about(path, device):
+    """Of a model, as its config.json says it, of the hub's loaded: causal, window (tokens), chats (tuned to answer)."""
+    if path.startswith("hub:"):
+        loaded = read_model(path, device, None)
+        told = dict(kind=loaded.kind, seq_len=loaded.denoiser.config.max_seq_len)
+    else:
+        try:
+            folder = Path(path) if Path(path).is_dir() else Path(path).parent
+            told = json.loads((folder / "config.json").read_text("utf-8"))
+            told = told.get("run", {}) | told.get("model_config", {}) | told  # the first two: of an export
+        except (OSError, ValueError, AttributeError, TypeError):
+            told = {}
+    window = told.get("max_seq_len") or told.get("seq_len") or STEPS
+    return dict(causal=told.get("kind") in CAUSAL, window=min(STEPS, window), chats=bool(told.get("chats")))
 
 
 @functools.lru_cache(maxsize=4)  # a few stay in memory; a file that has changed is read again
@@ -141,7 +161,8 @@ def appear(loaded, rows, cfg, blanks=False, prompt="", halt=lambda: False):
     tokenizer, mask_id = loaded.tokenizer, loaded.denoiser.mask_id
     x, lengths = right_padded(rows, tokenizer.pad_id, next(loaded.denoiser.parameters()).device)
     choosing = {} if hasattr(loaded.denoiser, "extend") else dict(steps=cfg.steps, strategy=cfg.strategy)
-    meta = dict(model=Path(loaded.path).parent.name, **choosing, temperature=cfg.temperature, seed=cfg.seed)
+    name = loaded.path.parent.name if loaded.path.suffix else str(loaded.path)
+    meta = dict(model=name, **choosing, temperature=cfg.temperature, seed=cfg.seed)
     watch, all_traces = traces.Watch(), [traces.Trace(tokenizer, mask_id, prompt, meta, row) for row in rows]
     open_at_first, log_p = (x == mask_id).sum(1).clamp(min=1), torch.zeros(len(x))
     steps, clock = decoding(loaded, x, lengths, cfg, blanks, watch), 0.0
@@ -231,6 +252,21 @@ def heat(found, tokens):
     return panels.update_layout(height=height, template="none", paper_bgcolor=CLEAR, font=dict(color="#8a8a8a"))
 
 
+def spoken(chart, words):
+    """A chart of compare.py in the page's language. None stays None."""
+    say = words["results"]
+    for part in (chart["layout"][k] for k in ("title", "xaxis", "yaxis")) if chart else ():
+        title = part if "text" in part else part["title"]
+        title["text"] = say.get(title["text"], title["text"])
+    return chart
+
+
+def spoken_table(table, words):
+    say = words["results"]
+    return report.Table(say.get(table.title, table.title), say.get(table.note, table.note),
+                        [say.get(h, h) for h in table.header], table.lines, table.words)  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # handlers
 
@@ -246,6 +282,12 @@ def handlers(models, cfg):
         mine = [Path(p) for p in models.values() if (Path(p) / "config.json").is_file()]
         return labelled(dict.fromkeys([*mine, *sorted(found)]))
 
+    def runs_at_hand():
+        return {name: path for name, path in folders().items() if (Path(path) / "metrics.jsonl").is_file()}
+
+    def causal(name):
+        return facts[name]["causal"]
+
     def get(name):
         check(models, TEXTS["en"]["nothing"])
         check(name in models, "there is no such model")
@@ -253,9 +295,26 @@ def handlers(models, cfg):
         file = file_of(path)
         return read_model(path, cfg.device, file and file.stat().st_mtime_ns)
 
-    def causal(name):
-        config = Path(models[name]) / "config.json"
-        return config.is_file() and json.loads(config.read_text("utf-8")).get("kind") == "autoregressive"
+    facts = {name: about(path, cfg.device) for name, path in models.items()}
+
+    def window(*names):
+        """Tokens that all of these models have room for."""
+        return min((facts[name]["window"] for name in names if name in facts), default=STEPS)
+
+    @guarded
+    def fit(*asked):
+        """Models' names, length, steps → sliders that end where the smallest of their windows does."""
+        *names, length, steps = asked
+        most = window(*names)
+        return [gr.update(maximum=most, value=min(int(n), most)) for n in (length, steps)]
+
+    def tasks(name):
+        """A model that was tuned to answer is asked, the others write on."""
+        return "chat" if name in facts and facts[name]["chats"] else "continue"
+
+    def orders(mode):
+        """The order that is usual for a task, as of sample_diffusion.py; and whether there is a talk to forget."""
+        return SampleConfig(chat=mode == "chat").strategy, gr.update(visible=mode == "chat")
 
     def begin(request):
         halted[request.session_hash] = False
@@ -283,14 +342,11 @@ def handlers(models, cfg):
     def generate(model, mode, prompt, length, steps, strategy, temperature, top_p, block, remask, seed, kept,
                  request: gr.Request):  # fmt: skip
         halt, how = begin(request), settings(length, steps, strategy, temperature, top_p, block, remask, seed)
-        loaded, prompt, turns = get(model), clean(prompt), []
+        loaded, prompt, turns = get(model), clean(prompt).strip(), []
         tokenizer, mask_id, limit = loaded.tokenizer, loaded.denoiser.mask_id, loaded.denoiser.config.max_seq_len
         if mode == "chat":
-            check(how.max_new_tokens <= limit, f"{how.max_new_tokens} tokens are more than the model's {limit}")
-            room = lambda turns: len(chat.prompt(turns, tokenizer)) + how.max_new_tokens <= limit  # noqa: E731
-            turns = chat.latest([*(kept or {}).get("turns", []), dict(role="user", content=prompt)], room)
-            check(turns, f"the question and {how.max_new_tokens} tokens are more than the model's {limit}")
-            asked = chat.prompt(turns, tokenizer)
+            turns = [*(kept or {}).get("turns", [])[-TURNS:], dict(role="user", content=prompt)]
+            asked, how = sample_diffusion.asked(loaded, turns, how)
             rows, blanks = [asked + [mask_id] * how.max_new_tokens], False
         else:
             blanks = mode == "fill" or bool(BLANK.search(prompt))
@@ -453,15 +509,27 @@ def handlers(models, cfg):
 
     # --- results
 
-    def questions(lang):
-        return question_bars(folders(), TEXTS[lang if lang in TEXTS else "en"])
+    def measured(lang):
+        """Two plots out of files: quality against time (benchmark.py sample), questions right (evaluate.py --qa)."""
+        words, there = TEXTS[lang if lang in TEXTS else "en"], folders()
+        files = {n: Path(p) / "benchmark_sample.json" for n, p in there.items()}
+        files |= {f.stem: f for f in Path("checkpoints").glob("benchmark_*.json")}
+        found = {}
+        for name, file in files.items():
+            try:
+                found[name] = compare.rows(compare.read_json(file), "rows")
+            except (OSError, RuntimeError):
+                continue
+        _, drawn = compare.frontiers({name: rows for name, rows in found.items() if rows})  # by forwards, by seconds
+        front = gr.update(value=figure(spoken(drawn, words)), visible=True) if drawn else gr.update(visible=False)
+        return front, question_bars(there, words)
 
-    def results(chosen, seen):
+    def results(chosen, seen, lang):
         """Tables and curves of the runs, where a file of theirs has changed."""
-        there = folders()
+        there, words = runs_at_hand(), TEXTS[lang if lang in TEXTS else "en"]
         paths = {name: Path(p) for name, p in there.items() if name in (chosen or [])}
         files = [p / n for p in paths.values() for n in ("metrics.jsonl", "eval.json")]
-        now = [list(there), *((str(f), f.stat().st_mtime_ns) for f in files if f.is_file())]
+        now = [lang, list(there), *((str(f), f.stat().st_mtime_ns) for f in files if f.is_file())]
         if now == seen:
             return [gr.skip()] * 5
         runs, notes = [], []
@@ -472,9 +540,10 @@ def handlers(models, cfg):
                 notes.append(f"<p>{html.escape(one_line(e))}</p>")
         groups = compare.group(runs)
         drawn = [f for f in compare.curves(runs, groups) if f] if runs else []
-        parts = [report.to_html(t) for t in compare.tables(runs, groups)] if runs else []
-        pick = lambda start: next((figure(f) for f in drawn if f["layout"]["title"]["text"].startswith(start)), None)  # noqa: E731
-        choices = gr.skip() if seen and seen[0] == now[0] else gr.update(choices=now[0])
+        parts = [report.to_html(spoken_table(t, words)) for t in compare.tables(runs, groups)] if runs else []
+        named = lambda f, start: f["layout"]["title"]["text"].startswith(start)  # noqa: E731
+        pick = lambda start: next((figure(spoken(f, words)) for f in drawn if named(f, start)), None)  # noqa: E731
+        choices = gr.skip() if seen and seen[1] == now[1] else gr.update(choices=now[1])
         return choices, "".join([*notes, *parts, *experiments()]), pick("Validation"), pick("Training loss"), now
 
     def experiments():
@@ -485,13 +554,9 @@ def handlers(models, cfg):
 
     @guarded
     def make_report(chosen):
-        paths = [p for name, p in folders().items() if name in (chosen or [])]
+        paths = [p for name, p in runs_at_hand().items() if name in (chosen or [])]
         check(paths, "choose a run")
-        runs = compare.read_runs(paths)
-        groups, bench = compare.group(runs), {r["name"]: r["benchmark"] for r in runs if r["benchmark"]}
-        drawn = [f for f in (*compare.curves(runs, groups), *compare.frontiers(bench)) if f]
-        path = Path(saved.name) / "report.html"
-        page = report.to_page(f"{len(runs)} runs", "", list(compare.tables(runs, groups)), drawn)
+        path, page = Path(saved.name) / "report.html", report.to_page(*compare.parts(compare.read_runs(paths)))
         path.write_text(page, encoding="utf-8", errors="replace")
         return gr.update(value=str(path), visible=True), page
 

@@ -127,7 +127,7 @@ def test_chat_keeps_the_conversation(client, site):
         (dict(prompt="क" * 9000), "characters"),
         (dict(prompt="___999999999999___", mode="fill"), "window"),
         (dict(prompt="कोई रिक्त नहीं", mode="fill"), "blank"),
-        (dict(prompt="क " * 200, mode="chat"), "model"),
+        (dict(prompt="क " * 200, mode="chat"), "question takes"),
         (dict(model="/etc/passwd"), "model|choices"),
         (dict(model="../../secrets.pt"), "model|choices"),
     ],
@@ -227,7 +227,7 @@ def test_inside_and_results_through_the_client(client, site, trained):
     assert re.match(r"\*\*[\d.]+ ± [\d.]+\*\*", text) and "256" in text
     layers = json.loads(client.predict(*inside, api_name="/look")["plot"])
     assert [d["type"] for d in layers["data"]] == ["heatmap"] * 2
-    _, tables, validation, loss = client.predict([site.denoiser], api_name="/results")
+    _, tables, validation, loss = client.predict([site.denoiser], "en", api_name="/results")
     assert "<h2>Runs</h2>" in tables and json.loads(validation["plot"])["data"][0]["y"]
     with pytest.raises(AppError, match="choose"):
         client.predict([], api_name="/report")
