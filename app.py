@@ -80,7 +80,9 @@ def build(models, cfg):
     twins = [n for n in names if do.causal(n)]
     longest = max(map(do.window, names), default=512)  # a slider ends where the model that is chosen does, see do.fit
     denoisers = [n for n in names if n not in twins] or names
-    first, second = (denoisers or [None])[0], (twins or names or [None])[0]
+    judges = [n for n in twins if do.judges(n)]
+    writes_on = [n for n in denoisers if do.tasks(n) == "continue"] or denoisers
+    first, second = (writes_on or [None])[0], (twins or names or [None])[0]
     task = do.tasks(first)
     order, _ = do.orders(task)
     with gr.Blocks(title="nanoHinDi", fill_width=True, delete_cache=(600, 3600), analytics_enabled=False) as page:
@@ -130,7 +132,7 @@ def build(models, cfg):
         forget.click(lambda: (None, packed(dict(trace=None))), None, [kept, board], api_name=False)
         mode.input(do.orders, mode, [strategy, forget], api_name=False)
         model.input(do.tasks, model, mode, api_name=False).then(do.orders, mode, [strategy, forget], api_name=False)
-        gr.on([model.input, page.load], do.fit, [model, length, steps], [length, steps], api_name="fit")
+        gr.on([model.input, page.load], do.fit, [model, length, steps], [length, steps], api_name=False)
         for kind, button in zip(("html", "json", "gif"), buttons, strict=True):
             button.click(do.export(kind), [kept], file, api_name=f"export_{kind}")
 
@@ -139,8 +141,8 @@ def build(models, cfg):
             with gr.Row():
                 left = say(gr.Dropdown, dict(label="left"), choices=names, value=first)
                 right = say(gr.Dropdown, dict(label="right"), choices=names, value=second)
-                judge = say(gr.Dropdown, dict(label="judge"), choices=[("–", ""), *((n, n) for n in twins)],
-                            value=(twins or [""])[0])  # fmt: skip
+                judge = say(gr.Dropdown, dict(label="judge"), choices=[("–", ""), *((n, n) for n in judges)],
+                            value=(judges or [""])[0])  # fmt: skip
             start = say(gr.Textbox, dict(label="prompt"), value=EXAMPLES[1], max_length=LETTERS)
             with gr.Row():
                 race_length = say(gr.Slider, dict(label="length"), minimum=1, maximum=longest, value=64, step=1)

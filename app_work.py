@@ -37,12 +37,11 @@ from machine import pick_device
 from sample_diffusion import BLANK, canvases, decoding, right_padded
 from sampling import STRATEGIES
 
-TEXTS = json.loads(Path(__file__).with_name("app_texts.json").read_text(encoding="utf-8"))
+HERE = Path(__file__).resolve().parent
+TEXTS = json.loads((HERE / "app_texts.json").read_text(encoding="utf-8"))
 LETTERS, STEPS, REPEATS, TURNS = 8000, 1024, 20, 100  # most of each that a request may ask for
-BOXES = dict.fromkeys(p.resolve() for p in (Path("models"), Path(__file__).parent / "models"))
 PACE = 0.06  # seconds between two pictures of a text that appears
 CLEAR = "rgba(0,0,0,0)"
-CAUSAL = ("autoregressive", "hub_causal", "hub_seq2seq")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # models and requests
@@ -61,7 +60,8 @@ def find_models(cfg):
     if cfg.ckpt:
         names = list(dict.fromkeys(name.strip() for name in cfg.ckpt.split(",") if name.strip()))
         return {n: n for n in names if n.startswith("hub:")} | labelled([n for n in names if not n.startswith("hub:")])
-    boxed = sorted({p.parent for root in BOXES for p in root.glob("*/model.safetensors")})
+    boxes = {Path("models").resolve(), HERE / "models"}  # what came with the code, and what was exported here
+    boxed = sorted({p.parent for box in boxes for p in box.glob("*/model.safetensors")})
     found = (p for root in ("checkpoints", "models") for n in ("*/*.pt", "*/*/*.pt") for p in Path(root).glob(n))
     runs = {p.parent for p in found if p.name in ("best.pt", "latest.pt")}
     return labelled([*boxed, *sorted(runs, key=lambda run: -run.stat().st_mtime)])
@@ -74,7 +74,8 @@ def file_of(path):
 
 
 def about(path, device):
-    """Of a model, as its config.json says it, of the hub's loaded: causal, window (tokens), chats (tuned to answer)."""
+    """Of a model, by its config.json, the hub's are loaded: does it write from left to right, does it judge, was it
+    tuned to answer; and the tokens of its window."""
     if path.startswith("hub:"):
         loaded = read_model(path, device, None)
         told = dict(kind=loaded.kind, seq_len=loaded.denoiser.config.max_seq_len)
@@ -86,7 +87,13 @@ def about(path, device):
         except (OSError, ValueError, AttributeError, TypeError):
             told = {}
     window = told.get("max_seq_len") or told.get("seq_len") or STEPS
-    return dict(causal=told.get("kind") in CAUSAL, window=min(STEPS, window), chats=bool(told.get("chats")))
+    kind = told.get("kind")
+    return dict(
+        causal=kind in ("autoregressive", "hub_causal", "hub_seq2seq"),
+        judges=kind in ("autoregressive", "hub_causal"),
+        window=min(STEPS, window),
+        chats=bool(told.get("chats")),
+    )
 
 
 @functools.lru_cache(maxsize=4)  # a few stay in memory; a file that has changed is read again
@@ -280,13 +287,16 @@ def handlers(models, cfg):
         """{label: path} of the run folders at hand, those that began after the app too."""
         found = [p.parent for d in ("*", "*/*") for p in Path("checkpoints").glob(f"{d}/config.json")]
         mine = [Path(p) for p in models.values() if (Path(p) / "config.json").is_file()]
-        return labelled(dict.fromkeys([*mine, *sorted(found)]))
+        return labelled(dict.fromkeys(p.resolve() for p in (*mine, *sorted(found))))
 
     def runs_at_hand():
         return {name: path for name, path in folders().items() if (Path(path) / "metrics.jsonl").is_file()}
 
     def causal(name):
         return facts[name]["causal"]
+
+    def judges(name):
+        return facts[name]["judges"]
 
     def get(name):
         check(models, TEXTS["en"]["nothing"])

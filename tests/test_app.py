@@ -6,16 +6,19 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 import time
 from types import SimpleNamespace
 
 import pytest
 import test_gif
+import tiny_hub
 import torch
 from conftest import ROOT, train
 
 pytest.importorskip("gradio", reason="the app's tests need gradio: pip install -r requirements-app.txt")
+import gradio as gr
 import httpx
 from gradio_client import Client
 from gradio_client.exceptions import AppError
@@ -23,6 +26,7 @@ from gradio_client.exceptions import AppError
 import app
 import app_work
 import checkpoint
+import compare
 import race
 import sample_diffusion
 from config import AppConfig, SampleConfig
@@ -117,7 +121,7 @@ def test_chat_keeps_the_conversation(client, site):
     "more, says",
     [
         (dict(length=10**12), "window|maximum"),
-        (dict(length=129), "window"),
+        (dict(length=129), "window|maximum"),
         (dict(steps=10**9), "steps|maximum"),
         (dict(temperature="nan"), "temperature|minimum|number"),
         (dict(temperature=[1]), "number|int"),
@@ -284,6 +288,14 @@ def test_fifty_at_once_are_queued_or_refused_in_steady_memory(client, site, numb
 # as a command
 
 
+@pytest.fixture
+def elsewhere(monkeypatch, tmp_path):
+    """An empty folder to be in, with no models beside the code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(app_work, "HERE", tmp_path)
+    return tmp_path
+
+
 def test_a_taken_port_a_damaged_checkpoint_and_wrong_flags(command, tmp_path, trained):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -302,8 +314,7 @@ def test_a_taken_port_a_damaged_checkpoint_and_wrong_flags(command, tmp_path, tr
         assert command("app", *wrong).code == 2, wrong
 
 
-def test_without_a_model_it_says_how_to_get_one(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def test_without_a_model_it_says_how_to_get_one(elsewhere):
     assert app_work.find_models(AppConfig()) == {}
     page, url = serve({})
     try:
@@ -316,12 +327,132 @@ def test_without_a_model_it_says_how_to_get_one(monkeypatch, tmp_path):
         page.close(verbose=False)
 
 
-def test_runs_are_found_and_a_damaged_one_is_only_refused_when_asked_for(monkeypatch, tmp_path, trained):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(trained, tmp_path / "checkpoints" / "a")
-    shutil.copytree(trained, tmp_path / "checkpoints" / "suite" / "b")
+def test_runs_and_models_of_the_repository_are_found(elsewhere, trained):
+    shutil.copytree(trained, elsewhere / "checkpoints" / "a")
+    shutil.copytree(trained, elsewhere / "checkpoints" / "suite" / "b")
     assert set(app_work.find_models(AppConfig())) == {"a", "b"}
     assert app_work.find_models(AppConfig(ckpt="x, hub:y")) == {"x": "x", "hub:y": "hub:y"}
+    exported = elsewhere / "models" / "diffusion"
+    exported.mkdir(parents=True)
+    (exported / "model.safetensors").touch()
+    told = dict(kind="autoregressive", model_config=dict(max_seq_len=32), run=dict(seq_len=32, chats=True))
+    (exported / "config.json").write_text(json.dumps(told))
+    found = app_work.find_models(AppConfig())
+    assert list(found)[0] == "diffusion" and found["diffusion"] == str(exported) and len(found) == 3
+    assert app_work.file_of(found["diffusion"]) == exported / "model.safetensors"
+    do = app_work.handlers(found, AppConfig(device="cpu"))
+    assert do.causal("diffusion") and do.judges("diffusion") and not do.causal("a")
+    assert do.tasks("diffusion") == "chat" and do.tasks("a") == "continue"
+    assert do.orders("chat")[0] == "left_to_right" and do.orders("fill")[0] == "confidence"
+    fitted = do.fit("a", "diffusion", 100, 20)  # windows of 128 and 32 tokens
+    assert [(u["maximum"], u["value"]) for u in fitted] == [(32, 32), (32, 20)]
+    assert [(u["maximum"], u["value"]) for u in do.fit("a", 100, 20)] == [(128, 100), (128, 20)]
+
+
+def test_what_was_measured_is_drawn(elsewhere, trained):
+    """The frontier of benchmark.py sample and the accuracy of evaluate.py --qa, out of the run folder's files."""
+    run = elsewhere / "checkpoints" / "a"
+    shutil.copytree(trained, run)
+    do = app_work.handlers({"a": str(run)}, AppConfig(device="cpu"))
+    assert [u["visible"] for u in do.measured("en")] == [False, False]
+    (run / "eval.json").write_text(json.dumps(dict(qa=dict(accuracy=dict(mean=0.5, low=0.4, high=0.7, n=20)))))
+    quality = lambda nats: dict(judge_nats_per_token=dict(mean=nats, standard_error=0.1))  # noqa: E731
+    rows = [dict(strategy="random", seconds=s, forwards=8, quality=quality(q)) for s, q in ((2.0, 3.5), (1.0, 4.0))]
+    (run / "benchmark_sample.json").write_text(json.dumps(dict(rows=rows)))
+    front, right = (u["value"] for u in do.measured("hi"))
+    assert list(front.data[0].x) == [1.0, 2.0] and list(front.data[0].y) == [4.0, 3.5]
+    assert front.layout.xaxis.title.text == "सेकंड" and "गुणवत्ता" in front.layout.title.text
+    (bar,) = right.data
+    assert bar.x == (0.5,) and bar.y == ("a (n = 20)",)
+    assert [bar.error_x.array[0], bar.error_x.arrayminus[0]] == pytest.approx([0.2, 0.1])
+    (run / "benchmark_sample.json").write_text("{torn")
+    assert [u["visible"] for u in do.measured("en")] == [False, True]
+
+
+def test_results_in_both_languages_and_runs_that_begin_later(elsewhere, trained):
+    shutil.copytree(trained, elsewhere / "checkpoints" / "a")
+    do = app_work.handlers({}, AppConfig(device="cpu"))
+    choices, tables, validation, loss, seen = do.results(["a"], None, "en")
+    cells = lambda page: re.findall(r"<td>(.*?)</td>", page)  # noqa: E731
+    assert "<h2>Runs</h2>" in tables and validation.layout.yaxis.title.text == "bits/byte"
+    again = do.results(["a"], seen, "en")
+    assert all("__type__" in u and "value" not in u for u in again)  # nothing has changed: nothing is drawn
+    _, hindi, validation, _, seen = do.results(["a"], seen, "hi")
+    assert "<h2>रन</h2>" in hindi and "<th>पैरामीटर</th>" in hindi and cells(hindi)[:9] == cells(tables)[:9]
+    assert validation.layout.yaxis.title.text == "बिट/बाइट"
+    late = elsewhere / "checkpoints" / "late"
+    late.mkdir()
+    shutil.copy(trained / "config.json", late)
+    (late / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0, "bits_per_byte": 4.5}\n')
+    choices, *_, seen = do.results(["a"], seen, "hi")
+    assert choices["choices"] == ["a", "late"]
+    (late / "metrics.jsonl").open("a").write('{"step": 2, "loss": 2.5, "bits_per_byte": 4.0}\n')
+    *_, validation, loss, seen = do.results(["late"], seen, "hi")
+    assert len(loss.data[0].y) == 2
+    _, page = do.make_report(["a", "late"])
+    assert "2 runs" in page and "<h2>Paired differences</h2>" in page
+    terms = {t.title for t in compare.tables(*grouped([trained]))} | {*compare.COLUMNS, *compare.NOTES.values()}
+    assert terms <= app.TEXTS["hi"]["results"].keys()
+
+
+def grouped(folders):
+    runs = compare.read_runs(folders)
+    return runs, compare.group(runs)
+
+
+@pytest.fixture(scope="module")
+def hub_models(tmp_path_factory):
+    """Small real ones of transformers: BERT, GPT-2 and T5."""
+    pytest.importorskip("transformers")
+    folder, families = tmp_path_factory.mktemp("hub"), ("bert", "gpt2", "t5")
+    for family in families:
+        tiny_hub.make(family, folder / family)
+    return {f: f"hub:{folder / f}" for f in families}
+
+
+def test_models_of_the_hub_write_race_and_are_looked_into(hub_models):
+    do, visitor = app_work.handlers(hub_models, AppConfig(device="cpu")), SimpleNamespace(session_hash="one")
+    assert [do.causal(n) for n in hub_models] == [False, True, True]
+    assert [do.judges(n) for n in hub_models] == [False, True, False]
+    *_, (message, kept) = do.generate("bert", "fill", "राम ___3___ था।", *SETTINGS.values(), None, visitor)
+    trace = json.loads(message)[0]["trace"]
+    assert trace["meta"]["model"] == hub_models["bert"] and len(trace["steps"]) > 1 and kept["trace"]
+    for left, right in (("bert", "gpt2"), ("t5", "bert")):
+        asked = left, right, "राम", 6, 6, "confidence", 0.7, 1, "gpt2", 2, [], "en"
+        *_, (message, table, *_) = do.run_race(*asked, visitor)
+        traces = [m["trace"] for m in json.loads(message)]
+        assert [t["steps"][-1]["forwards"] for t in traces] == [len(t["steps"]) - 1 for t in traces]
+        rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)][1:]
+        assert len(rows) == 2 and all(float(v.replace(",", "")) > 0 for row in rows for v in row[1:])
+    sentence = "राम बाज़ार में गया था।"
+    assert len(do.look("bert", sentence, 0.5, "token", "linear", 0).data) == 2
+    assert "exact" in list(do.settle("gpt2", sentence, 0, "en", visitor))[-1][0]
+    with pytest.raises(gr.Error, match="likelihood"):
+        list(do.settle("t5", sentence, 0, "en", visitor))
+
+
+def test_only_this_machine_is_served_unless_asked():
+    class Page:
+        def launch(self, **asked):
+            self.asked = asked
+            return None, "http://here", "https://there" if asked["share"] else None
+
+    page = Page()
+    assert app.launch(page, AppConfig(port=free_port())) == "http://here"
+    assert page.asked["server_name"] == "127.0.0.1" and page.asked["share"] is False
+    assert app.launch(page, AppConfig(port=free_port(), share=True)) == "https://there"
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert "python app.py --share" in readme and "app_file: app.py" in readme
+
+
+def test_ctrl_c_ends_it(start, trained):
+    child = start("app", "--ckpt", trained, "--port", free_port(), "--device", "cpu")
+    out, end = child.folder / "std1", time.monotonic() + 120
+    while "http://127.0.0.1" not in (out.read_text("utf-8") if out.exists() else ""):
+        assert child.process.is_alive() and time.monotonic() < end
+        time.sleep(0.1)
+    child.send(signal.SIGINT)
+    assert child.wait().code == 130
 
 
 def test_both_languages_say_everything():
