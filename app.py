@@ -38,9 +38,15 @@ EXAMPLES = ["एक दिन", "पार्वती ने कहा", "द�
 CSS = """
 .stage { display: flex; flex-wrap: wrap; gap: 12px; }
 .gradio-container { max-width: min(1180px, 100vw) !important; margin: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; } .scroll { overflow-x: auto; max-width: 100%; }
-.numbers td, .numbers th { padding: .25rem .6rem; text-align: right; white-space: nowrap; }
-.words td { padding: .25rem .6rem; white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; }
+.scroll { overflow: auto; max-width: 100%; }
+.scroll table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.scroll td, .scroll th { padding: .3rem .7rem !important; border: 0 !important; }
+.scroll tr { border-bottom: 1px solid #8884 !important; }
+.scroll tr > :first-child { text-align: left !important; font-weight: 600; }
+.numbers td, .numbers th { text-align: right !important; white-space: nowrap; }
+.words td { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; min-width: 7rem; }
+.mark { background: #ffb40040; }
+#holes .scroll { max-height: 22rem; }
 """
 KEYS = """() => document.addEventListener("keydown", e => {
   const press = id => [...document.querySelectorAll(id)].find(b => b.offsetParent)?.click();
@@ -81,8 +87,10 @@ def build(models, cfg):
     longest = max(map(do.window, names), default=512)  # a slider ends where the model that is chosen does, see do.fit
     denoisers = [n for n in names if n not in twins] or names
     judges = [n for n in twins if do.judges(n)]
-    writes_on = [n for n in denoisers if do.tasks(n) == "continue"] or denoisers
-    first, second = (writes_on or [None])[0], (twins or names or [None])[0]
+    # what is chosen at first: a model that writes on, before one that was tuned to answer
+    first, second, judge_first = (
+        min(those, key=lambda n: do.tasks(n) == "chat", default=None) for those in (denoisers, twins or names, judges)
+    )
     task = do.tasks(first)
     order, _ = do.orders(task)
     with gr.Blocks(title="nanoHinDi", fill_width=True, delete_cache=(600, 3600), analytics_enabled=False) as page:
@@ -142,7 +150,7 @@ def build(models, cfg):
                 left = say(gr.Dropdown, dict(label="left"), choices=names, value=first)
                 right = say(gr.Dropdown, dict(label="right"), choices=names, value=second)
                 judge = say(gr.Dropdown, dict(label="judge"), choices=[("–", ""), *((n, n) for n in judges)],
-                            value=(judges or [""])[0])  # fmt: skip
+                            value=judge_first or "")  # fmt: skip
             start = say(gr.Textbox, dict(label="prompt"), value=EXAMPLES[1], max_length=LETTERS)
             with gr.Row():
                 race_length = say(gr.Slider, dict(label="length"), minimum=1, maximum=longest, value=64, step=1)
@@ -160,9 +168,8 @@ def build(models, cfg):
             with gr.Row():
                 speed, memory = gr.Plot(show_label=False), gr.Plot(show_label=False)
             with gr.Row():
-                front = gr.Plot(show_label=False)
-            with gr.Row():
-                frontier, quizzed = (gr.Plot(show_label=False, visible=False) for _ in range(2))
+                front, quizzed = gr.Plot(show_label=False), gr.Plot(show_label=False, visible=False)
+            frontier = gr.Plot(show_label=False, visible=False)
         asked = [left, right, start, race_length, race_steps, race_order, race_heat, race_seed, judge, repeats]
         racing.click(
             do.run_race, [*asked, points, lang], [both, figures, speed, memory, front, points], api_name="race", **MODEL

@@ -216,7 +216,7 @@ def bars(title, names, values, unit, errors=None):
     return found.update_layout(
         title=title, xaxis=dict(title=unit, rangemode="tozero"), height=130 + 45 * len(names), template="none",
         font=dict(color="#8a8a8a"), paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, margin=dict(l=10, r=20, t=50, b=45),
-        yaxis=dict(automargin=True),
+        yaxis=dict(automargin=True, autorange="reversed"),
     )  # fmt: skip
 
 
@@ -531,6 +531,9 @@ def handlers(models, cfg):
             except (OSError, RuntimeError):
                 continue
         _, drawn = compare.frontiers({name: rows for name, rows in found.items() if rows})  # by forwards, by seconds
+        if drawn:
+            drawn["layout"] |= dict(height=600)  # a dozen ways of writing need room in the legend
+            drawn["layout"]["legend"]["y"] = -0.15
         front = gr.update(value=figure(spoken(drawn, words)), visible=True) if drawn else gr.update(visible=False)
         return front, question_bars(there, words)
 

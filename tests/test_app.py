@@ -502,7 +502,10 @@ def visit(browser, site, request):
     yield visit
     for context in contexts:
         SHOTS.mkdir(exist_ok=True)
-        context.pages[0].screenshot(path=SHOTS / f"{request.node.name}.png", full_page=True)
+        for page in context.pages:
+            page.evaluate("scrollTo(0, 0)")  # a frame that is out of sight is not painted
+            page.wait_for_timeout(500)
+            page.screenshot(path=SHOTS / f"{request.node.name}.png", full_page=True)
         context.close()
     assert errors == [] and away == []
 
@@ -605,6 +608,17 @@ def test_stop_stops_within_a_step(visit, monkeypatch):
     frame.wait_for_function("() => trace && trace.run")
     page.keyboard.press("Escape")
     written(page, frame)
+    page.close()  # who leaves in the middle stops it too
+    page = visit()
+    page.click("#go")
+    player(page, "board").wait_for_function("() => trace && trace.run")
+    before = len(done)
+    page.close()
+    known = None
+    while known != len(done):
+        known = len(done)
+        time.sleep(1.5)
+    assert len(done) - before < 40, "it went on for nobody"
 
 
 @pytest.mark.slow
@@ -663,7 +677,9 @@ def test_the_inside_in_a_browser(visit, trained):
 
 
 @pytest.mark.slow
-def test_the_results_in_a_browser_and_a_run_in_progress(visit, site, trained):
+def test_the_results_in_a_browser(visit, client, site, trained):
+    replay = ask(client, site)
+    (trained / "replay.json").write_text(json.dumps(replay))
     page = visit()
     tab(page, 3)
     page.wait_for_selector("#tables table")
@@ -672,6 +688,13 @@ def test_the_results_in_a_browser_and_a_run_in_progress(visit, site, trained):
     frame = page.wait_for_selector("#framed iframe:visible").content_frame()
     frame.wait_for_selector("#charts .plot-container")
     assert frame.inner_text("h1") == "2 runs"
+    played = frame.wait_for_selector(
+        "iframe"
+    ).content_frame()  # the report has the same player, in a frame in the frame
+    played.wait_for_function("() => trace && trace.steps.length > 1")
+    assert played.evaluate("trace") == replay and played.inner_text("#n-masks") == "0"
+    height = lambda: frame.evaluate("document.querySelector('iframe').clientHeight")  # noqa: E731
+    assert abs(height() - played.evaluate("document.body.offsetHeight")) < 40
 
 
 @pytest.mark.slow
