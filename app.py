@@ -39,13 +39,15 @@ CSS = """
 .stage { display: flex; flex-wrap: wrap; gap: 12px; }
 .gradio-container { max-width: min(1180px, 100vw) !important; margin: auto; }
 .scroll { overflow: auto; max-width: 100%; }
-.scroll table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.scroll table { border: 0 !important; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .scroll td, .scroll th { padding: .3rem .7rem !important; border: 0 !important; }
 .scroll tr { border-bottom: 1px solid #8884 !important; }
 .scroll tr > :first-child { text-align: left !important; font-weight: 600; }
 .numbers td, .numbers th { text-align: right !important; white-space: nowrap; }
 .words td { white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; min-width: 7rem; }
 .mark { background: #ffb40040; }
+.hint { font-size: .85em; opacity: .8; }
+#layers { overflow-x: auto !important; } #layers .js-plotly-plot { min-width: 40rem; }
 #holes .scroll { max-height: 22rem; }
 """
 KEYS = """() => document.addEventListener("keydown", e => {
@@ -109,7 +111,8 @@ def build(models, cfg):
                 model = say(gr.Dropdown, dict(label="model"), choices=names, value=first)
                 mode = say(gr.Radio, dict(label="mode", choices="modes"), value=task)
             box = dict(value=EXAMPLES[0], lines=2, max_length=LETTERS, elem_id="prompt")
-            prompt = say(gr.Textbox, dict(label="prompt", info="prompt_hint"), **box)
+            prompt = say(gr.Textbox, dict(label="prompt"), **box)
+            say(gr.Markdown, dict(value="prompt_hint"), elem_classes="hint")
             gr.Examples(EXAMPLES, prompt, label="उदाहरण · Examples")
             with say(gr.Accordion, dict(label="more"), open=False):
                 with gr.Row():
@@ -130,7 +133,8 @@ def build(models, cfg):
             with gr.Row():
                 say(gr.Markdown, dict(value="export"))
                 buttons = [
-                    say(gr.Button, dict(value=f"as_{k}"), size="sm", elem_id=f"as_{k}") for k in ("html", "json", "gif")
+                    say(gr.Button, dict(value=f"as_{k}"), size="sm", min_width=60, elem_id=f"as_{k}")
+                    for k in ("html", "json", "gif")
                 ]
             file = say(gr.File, dict(label="file"), visible=False, elem_id="file")
         asked = [model, mode, prompt, length, steps, strategy, temperature, top_p, block, remask, seed, kept]
@@ -195,7 +199,7 @@ def build(models, cfg):
                 look_button = say(gr.Button, dict(value="look"), elem_id="look")
                 inside_stop = say(gr.Button, dict(value="stop"), elem_classes="stop-key")
             bound_text = gr.Markdown(elem_id="bound")
-            bound_plot, layers = gr.Plot(show_label=False), gr.Plot(show_label=False)
+            bound_plot, layers = gr.Plot(show_label=False), gr.Plot(show_label=False, elem_id="layers")
         asked = [seer, own, moment, unit, schedule, draw]
         settings = [moment.change, unit.change, schedule.change, draw.change]
         changes = [*settings, own.submit, own.blur, seer.change, lang.input]

@@ -41,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 TEXTS = json.loads((HERE / "app_texts.json").read_text(encoding="utf-8"))
 LETTERS, STEPS, REPEATS, TURNS = 8000, 1024, 20, 100  # most of each that a request may ask for
 PACE = 0.06  # seconds between two pictures of a text that appears
-CLEAR = "rgba(0,0,0,0)"
+CLEAR, GRID = "rgba(0,0,0,0)", "rgba(128,128,128,.25)"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # models and requests
@@ -214,8 +214,8 @@ def bars(title, names, values, unit, errors=None):
         go.Bar(x=values, y=names, orientation="h", marker=dict(color=report.COLORS[: len(names)]), error_x=errors)
     )
     return found.update_layout(
-        title=title, xaxis=dict(title=unit, rangemode="tozero"), height=130 + 45 * len(names), template="none",
-        font=dict(color="#8a8a8a"), paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, margin=dict(l=10, r=20, t=50, b=45),
+        title=title, xaxis=dict(title=unit, rangemode="tozero", gridcolor=GRID), height=130 + 45 * len(names),
+        template="none", font=dict(color="#8a8a8a"), paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, margin=dict(l=10, r=20, t=50, b=45),
         yaxis=dict(automargin=True, autorange="reversed"),
     )  # fmt: skip
 
@@ -256,7 +256,13 @@ def heat(found, tokens):
     panels.update_yaxes(autorange="reversed", showticklabels=len(tokens) <= 16)
     panels.update_xaxes(showticklabels=len(tokens) <= 16)
     height = 60 + 300 * -(-len(found) // columns)
-    return panels.update_layout(height=height, template="none", paper_bgcolor=CLEAR, font=dict(color="#8a8a8a"))
+    return panels.update_layout(
+        height=height,
+        margin=dict(l=70, r=10, t=50, b=70),
+        template="none",
+        paper_bgcolor=CLEAR,
+        font=dict(color="#8a8a8a"),
+    )
 
 
 def spoken(chart, words):

@@ -516,7 +516,9 @@ def player(page, stage):
 
 def written(page, frame, before=None):
     """Wait until a run is over in a player; returns its trace."""
-    frame.wait_for_function("b => trace && !trace.run && trace.steps.length > 1 && trace.text !== b", arg=before)
+    frame.wait_for_function(
+        "b => trace && !trace.run && trace.steps.length > 1 && trace.text !== b", arg=before, polling=100
+    )
     return frame.evaluate("trace")
 
 
@@ -546,7 +548,7 @@ def test_text_appears_and_the_player_plays_it(visit, site, trained):
     assert f"{entropy:.2f}" in frame.inner_text("#top li >> nth=0") and f"{top[0][1]:.2f}" in frame.inner_text("#top")
     frame.select_option("#speed", "4")
     frame.click("#play")
-    frame.wait_for_function("n => player.step === n", arg=len(masks) - 1)
+    frame.wait_for_function("n => player.step === n", arg=len(masks) - 1, polling=100)
     frame.hover('#text [data-state="kept"] >> nth=0')
     assert "step" in frame.inner_text("#detail")
     page.focus("#prompt textarea")  # the keyboard reaches everything
@@ -570,7 +572,7 @@ def test_words_are_reopened_and_pinned(visit, site):
     assert marked and frame.locator('#text [data-mark="open"]').count() > 0
     frame.click("#again")
     frame.wait_for_function("n => trace.steps[0].tokens.length && marks.size === 0 && !trace.run && masks(0) === n",
-                            arg=len(marked))  # fmt: skip
+                            arg=len(marked), polling=100)  # fmt: skip
     now = frame.evaluate("trace")
     kept = [i for i in range(trace["length"]) if i not in marked]
     final = trace["steps"][-1]["tokens"]
@@ -596,7 +598,7 @@ def test_stop_stops_within_a_step(visit, monkeypatch):
     frame = player(page, "board")
     page.fill("#prompt textarea", "राम")
     page.click("#go")
-    frame.wait_for_function("() => trace && trace.run && trace.steps.length > 1")  # it appears live
+    frame.wait_for_function("() => trace && trace.run && trace.steps.length > 1", polling=100)  # it appears live
     stopped = time.monotonic()
     page.click("#stop")
     trace = written(page, frame)
@@ -605,13 +607,13 @@ def test_stop_stops_within_a_step(visit, monkeypatch):
     time.sleep(1.0)
     assert len(done) == after and sum(t > stopped + 1.5 for t in done) == 0
     page.click("#go")  # and the next run is not stopped
-    frame.wait_for_function("() => trace && trace.run")
+    frame.wait_for_function("() => trace && trace.run", polling=100)
     page.keyboard.press("Escape")
     written(page, frame)
     page.close()  # who leaves in the middle stops it too
     page = visit()
     page.click("#go")
-    player(page, "board").wait_for_function("() => trace && trace.run")
+    player(page, "board").wait_for_function("() => trace && trace.run", polling=100)
     before = len(done)
     page.close()
     known = None
@@ -665,8 +667,8 @@ def test_the_inside_in_a_browser(visit, trained):
     for t in (0.2, 0.8):
         page.fill("#time input[type=number]", str(t))
         page.keyboard.press("Tab")
-        frame.wait_for_function("n => trace && masks(0) > n", arg=counts[-1] if counts else 0)
-        frame.wait_for_function("t => (trace.meta['mask rate'] + '') === t", arg=str(t))
+        frame.wait_for_function("n => trace && masks(0) > n", arg=counts[-1] if counts else 0, polling=100)
+        frame.wait_for_function("t => (trace.meta['mask rate'] + '') === t", arg=str(t), polling=100)
         counts.append(frame.evaluate("masks(0)"))
         assert frame.evaluate("player.step") == 0 and frame.inner_text("#n-masks") == str(counts[-1])
     page.wait_for_function("n => document.querySelectorAll('#holes tr').length === n + 1", arg=counts[-1])
@@ -691,7 +693,7 @@ def test_the_results_in_a_browser(visit, client, site, trained):
     played = frame.wait_for_selector(
         "iframe"
     ).content_frame()  # the report has the same player, in a frame in the frame
-    played.wait_for_function("() => trace && trace.steps.length > 1")
+    played.wait_for_function("() => trace && trace.steps.length > 1", polling=100)
     assert played.evaluate("trace") == replay and played.inner_text("#n-masks") == "0"
     height = lambda: frame.evaluate("document.querySelector('iframe').clientHeight")  # noqa: E731
     assert abs(height() - played.evaluate("document.body.offsetHeight")) < 40
