@@ -215,8 +215,8 @@ def bars(title, names, values, unit, errors=None):
     )
     return found.update_layout(
         title=title, xaxis=dict(title=unit, rangemode="tozero", gridcolor=GRID), height=130 + 45 * len(names),
-        template="none", font=dict(color="#8a8a8a"), paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, margin=dict(l=10, r=20, t=50, b=45),
-        yaxis=dict(automargin=True, autorange="reversed"),
+        template="none", font=dict(color="#8a8a8a"), paper_bgcolor=CLEAR, plot_bgcolor=CLEAR,
+        margin=dict(l=10, r=20, t=50, b=45), yaxis=dict(automargin=True, autorange="reversed"),
     )  # fmt: skip
 
 
