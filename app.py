@@ -37,7 +37,7 @@ SENTENCE = "पार्वती ने कहा, मैं कल घर ज�
 EXAMPLES = ["एक दिन", "पार्वती ने कहा", "देवदास ___ चला गया", "mai kal bazaar gaya tha"]
 CSS = """
 .stage { display: flex; flex-wrap: wrap; gap: 12px; }
-.gradio-container { max-width: min(1180px, 100vw) !important; margin: auto; }
+.gradio-container { width: 100%; max-width: min(1180px, 100vw) !important; margin: auto; }
 .scroll { overflow: auto; max-width: 100%; }
 .scroll table { border: 0 !important; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .scroll td, .scroll th { padding: .3rem .7rem !important; border: 0 !important; }
