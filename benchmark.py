@@ -4,6 +4,7 @@
     python benchmark.py prepare             # prepare.py: MB/s, and whether its memory grows with the corpus
     python benchmark.py length              # EcoHybrid against attention as the window grows, and a plot
     python benchmark.py sample --ckpt DENOISER --twin AUTOREGRESSIVE     # ways of writing: quality against time, a plot
+    python benchmark.py speedrun            # seconds of training until Devdas costs 0.98 bits/byte: the record
 
 A speed alone says more of the machine than of the code: what is compared takes turns in one process, and medians count.
 """
@@ -38,6 +39,7 @@ import diffusion
 import frontier
 import optimizer
 import prepare as preparing
+import speedrun
 import tokenizer as tokenizers
 import train_diffusion
 from config import (
@@ -45,6 +47,7 @@ from config import (
     EcoHybridConfig,
     FrontierConfig,
     PrepareConfig,
+    SpeedrunConfig,
     TrainConfig,
     TransformerConfig,
     check,
@@ -619,8 +622,13 @@ def sample(argv):
     return cfg, dict(machine=machine(device), config=dataclasses.asdict(cfg)) | frontier.run(cfg, device)
 
 
+def race(argv):
+    (cfg,) = parse(__doc__, SpeedrunConfig, argv=argv)
+    return cfg, dict(machine=machine(torch.device("cpu"))) | speedrun.run(cfg)
+
+
 # argv -> config, figures, what failed if it can
-BENCHMARKS = {"train": train, "prepare": prepare, "length": length, "sample": sample}
+BENCHMARKS = {"train": train, "prepare": prepare, "length": length, "sample": sample, "speedrun": race}
 DRAWINGS = {"length": draw_lengths, "sample": frontier.draw}
 
 

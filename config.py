@@ -152,7 +152,7 @@ class VariantConfig(TransformerConfig):
         "how positions are told apart; relative: a learned bias on the scores; learned: added to the embedding",
         ("rotary", "relative", "learned", "none"),
     )
-    value_residual: bool = knob(False, "mix the first layer's values into those of the others")
+    values: str = knob("mixed", "of attention: mixed with the first layer's, or each layer's own", ("mixed", "own"))
     attention_gate: bool = knob(False, "a gate from 0 to 2 on the output of each head")
     feed_forward: str = knob("swiglu", "form of the feed-forward", ("swiglu", "gelu", "relu2"))
     norm: str = knob(
@@ -169,7 +169,7 @@ class EcoHybridConfig(TransformerConfig):
     """d_ff is that of the Transformer that has as many parameters: the SwiGLUs here get the width that matches it."""
 
     memory_slots: int = knob(32, "slots of the memory, anchored along the longest window")
-    conv_kernel: int = knob(7, "positions that the local convolution reads, odd")
+    conv_kernel: int = knob(3, "positions that the local convolution reads, odd")
     window: int = knob(0, "the convolution is what is local here", flag=False)
     block_length: int = knob(0, "slots and convolution see both sides", flag=False)
     attn_every: int = knob(4, "every n-th layer is a Transformer block with full attention; 0: none is")
@@ -460,6 +460,23 @@ class BenchmarkConfig:
             f"--lengths is {self.lengths!r}, needs numbers from 2 on between commas",
         )
         check(self.vocab_size >= 260, f"--vocab_size is {self.vocab_size}, the bytes and special tokens need 260")
+
+
+@dataclass
+class SpeedrunConfig:
+    """benchmark.py speedrun."""
+
+    record: str = knob("", "which of speedrun.RECORDS; empty is the last, the one that stands")
+    seeds: int = knob(3, "trainings, with seeds --seed, --seed + 1, ..., one after another")
+    seed: int = knob(1337, "the first seed")
+    threads: int = knob(2, "CPU threads; the records are those of two")
+    root: str = knob("checkpoints/speedrun", "where data and runs go; a run of the same name is replaced")
+    output: str = knob("", "where the figures go; empty is checkpoints/benchmark_speedrun.json")
+
+    def __post_init__(self):
+        for name in ("seeds", "threads"):
+            check(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}, needs to be 1 or more")
+        check(self.seed >= 0, f"--seed is {self.seed}, needs to be 0 or more")
 
 
 @dataclass

@@ -68,7 +68,7 @@ def swiglu_widths(config):
 class EcoBlock(nn.Module):
     """One layer on tokens x (B, T, C) and slots (B, M, C)."""
 
-    def __init__(self, config):
+    def __init__(self, config, first=True):
         super().__init__()
         C, A, (f, f_slots) = config.d_model, narrow_width(config), swiglu_widths(config)
         self.n_heads, self.n_slots = config.n_heads, config.memory_slots
@@ -84,6 +84,7 @@ class EcoBlock(nn.Module):
         self.read_out = nn.Linear(A, C, bias=False)
         self.ff = SwiGLU(C, f)
         self.dropout = nn.Dropout(config.dropout)
+        self.shares = None if first else nn.Parameter(torch.full((2,), 0.5))  # as in model.Attention
         self.think_qkv.weight.pieces = 3  # for Muon, as in model.Attention
         for linear in (self.write_kv, self.mix_in, self.read_kv):
             linear.weight.pieces = 2
@@ -109,8 +110,9 @@ class EcoBlock(nn.Module):
             bias = bias.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
 
-    def forward(self, x, slots, seen, near, inside):
-        """seen (B, H, M, 1 + T) and near (H, T, M): what is added to the scores of writing and reading.
+    def forward(self, x, values, slots, seen, near, inside):
+        """values (B, H, T, D): what the first layer's convolution moves, the counterpart of its values in attention.
+        seen (B, H, M, 1 + T) and near (H, T, M): what is added to the scores of writing and reading.
         inside (B, T, 1): 0 behind a row's length; or None."""
         drop, h = self.dropout, self.norm_mix(x)
         # write; the first key stands for nothing, and is all there is where no token is visible
@@ -122,13 +124,17 @@ class EcoBlock(nn.Module):
         slots = slots + drop(self.slot_ff(self.norm_slot_ff(slots)))
         # mix
         u, gate = self.mix_in(h).chunk(2, dim=-1)  # (B, T, C)
+        if self.shares is None:
+            values = u.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        else:
+            u = self.shares[0] * u + self.shares[1] * values.transpose(1, 2).flatten(2)
         u = u if inside is None else u * inside.to(u.dtype)
         u = Depthwise.apply(u, 2 * self.kernel.to(u.dtype))  # the 2 belongs to the gate: it begins at 2σ(0) = 1
         x = x + drop(self.mix_out(torch.sigmoid(gate) * u))
         # read
         k, v = self.read_kv(self.norm_slots(slots)).chunk(2, dim=-1)  # (B, M, A)
         x = x + drop(self.read_out(self.attend(self.read_q(self.norm_read(x)), k, v, near)))
-        return x + drop(self.ff(self.norm_ff(x))), slots
+        return x + drop(self.ff(self.norm_ff(x))), values, slots
 
     def flops(self, T):
         """As Block.flops: 2 · (T · (3C² + 4CA + kC + 3Cf) + M · (8CA + 3Cf) + (4T + 2 + 2M) · MA), each f its own."""
@@ -145,7 +151,7 @@ class EcoHybrid(Denoiser):
         C, H, M, T = config.d_model, config.n_heads, config.memory_slots, config.max_seq_len
         every = config.attn_every
         full = [every > 0 and i % every == every // 2 for i in range(config.n_layers)]
-        self.blocks = nn.ModuleList(Block(config) if f else EcoBlock(config) for f in full)
+        self.blocks = nn.ModuleList((Block if f else EcoBlock)(config, first=i == 0) for i, f in enumerate(full))
         self.slots = nn.Parameter(torch.empty(M, C))
         cos, sin = rotary_table(T, C // H)
         self.register_buffer("cos", cos, persistent=False)
@@ -171,10 +177,11 @@ class EcoHybrid(Denoiser):
         inside = None if inside is None else inside[..., None].to(x.dtype)
         slots = self.slots.expand(len(x), -1, -1)  # (B, M, C)
         near = self.near[:, :T]
+        values = None  # the first layer's
         seen = F.pad(near.mT.masked_fill(~visible[:, None, None], -math.inf), (1, 0))  # (B, H, M, 1 + T)
         for block in self.blocks:
             if isinstance(block, EcoBlock):
-                x, slots = self.run(block, x, slots, seen, near, inside)
+                x, values, slots = self.run(block, x, values, slots, seen, near, inside)
             else:
-                x = self.run(block, x, self.cos[:T], self.sin[:T], attend)
+                x, values = self.run(block, x, values, self.cos[:T], self.sin[:T], attend)
         return x

@@ -97,9 +97,11 @@ class Attention(nn.Module):
     training would stall at the unigram level for some hundred steps (docs/experiments.md).
     With a window a position sees no further than window / 2 tokens to each side (arXiv 2004.05150).
     causal: it sees itself and what stands before it; only offsets to the left make sense, and heads prefer -1, -2, ...
+    Every layer but the `first` mixes its values with those of the first, half and half to begin with (value residuals,
+    arXiv 2410.17897): docs/experiments.md.
     """
 
-    def __init__(self, config, window=0, causal=False):
+    def __init__(self, config, window=0, causal=False, first=True):
         super().__init__()
         C, self.n_heads, self.max_seq_len = config.d_model, config.n_heads, config.max_seq_len
         self.reach, self.causal, self.block_length = window // 2, causal, config.block_length  # reach 0: all
@@ -107,6 +109,7 @@ class Attention(nn.Module):
         self.qkv.weight.pieces = 3  # Muon treats them as three matrices
         self.out = nn.Linear(C, C, bias=False)
         self.norm_q, self.norm_k = RMSNorm(C // self.n_heads), RMSNorm(C // self.n_heads)
+        self.shares = None if first else nn.Parameter(torch.full((2,), 0.5))  # of its own values and the first layer's
 
     @torch.no_grad()
     def prefer_neighbours(self, size=1.0, sharpness=2.0):
@@ -121,11 +124,16 @@ class Attention(nn.Module):
         value = torch.zeros(H, D)
         self.qkv.bias.copy_(size * torch.cat((torch.cat((cos, sin), dim=1), key, value)).flatten())
 
-    def forward(self, x, cos, sin, attend, past=None):
-        """past (2, B, H, S, D): keys and values of S positions, of which the T of x are the last and are filled in."""
+    def forward(self, x, cos, sin, attend, past=None, values=None):
+        """past (2, B, H, S, D): keys and values of S positions, of which the T of x are the last and are filled in.
+        values (B, H, T, D): the first layer's. Returns the output (B, T, C) and the first layer's values."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
         q, k = rotate(self.norm_q(q), cos, sin), rotate(self.norm_k(k), cos, sin)
+        if self.shares is None:
+            values = v
+        else:
+            v = self.shares[0] * v + self.shares[1] * values
         if past is not None:
             past[..., -T:, :] = torch.stack((k, v))
             k, v = past
@@ -133,7 +141,7 @@ class Attention(nn.Module):
             y = near_attention(q, k, v, self.reach, attend)  # (B, H, T, D)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, is_causal=self.causal and attend is None)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        return self.out(y.transpose(1, 2).reshape(B, T, C)), values
 
     def pairs(self, T):
         """Pairs of a query and a key that are needed. near_attention computes half as many again, more at small T;
@@ -161,15 +169,18 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, window=0, causal=False):
+    """x (B, T, C) and the first layer's values, which pass through -> the same."""
+
+    def __init__(self, config, window=0, causal=False, first=True):
         super().__init__()
-        self.norm_attention, self.attention = RMSNorm(config.d_model), Attention(config, window, causal)
+        self.norm_attention, self.attention = RMSNorm(config.d_model), Attention(config, window, causal, first)
         self.norm_ff, self.ff = RMSNorm(config.d_model), SwiGLU(config.d_model, config.d_ff)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin, attend, past=None):
-        x = x + self.dropout(self.attention(self.norm_attention(x), cos, sin, attend, past))
-        return x + self.dropout(self.ff(self.norm_ff(x)))
+    def forward(self, x, values, cos, sin, attend, past=None):
+        y, values = self.attention(self.norm_attention(x), cos, sin, attend, past, values)
+        x = x + self.dropout(y)
+        return x + self.dropout(self.ff(self.norm_ff(x))), values
 
     def flops(self, T):
         matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2)
@@ -197,7 +208,7 @@ class LanguageModel(nn.Module):
 
     def init_blocks(self, windows, causal=False):
         """Transformer blocks, one a window, their rotary positions, and the weights of the whole model."""
-        self.blocks = nn.ModuleList(Block(self.config, window, causal) for window in windows)
+        self.blocks = nn.ModuleList(Block(self.config, w, causal, first=i == 0) for i, w in enumerate(windows))
         cos, sin = rotary_table(self.config.max_seq_len, self.config.d_model // self.config.n_heads)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -291,11 +302,11 @@ class Transformer(Denoiser):
                 clean = torch.cat((torch.zeros_like(own), sees), 1)
                 sees = torch.cat((torch.cat((own, before), 1), clean))  # (2T, 2T)
             attend = sees if attend is None else sees & attend.repeat(1, 1, 1, 1 if x0 is None else 2)
-        x = self.embed(x_t)  # (B, T, C), or twice as long
+        x, values = self.embed(x_t), None  # (B, T, C), or twice as long
         for i, block in enumerate(self.blocks):
             if cache is not None:
                 past = cache[i, ..., :end, :]
-            x = self.run(block, x, cos, sin, attend, past)
+            x, values = self.run(block, x, values, cos, sin, attend, past)
         return x[:, :T]
 
 
@@ -320,11 +331,11 @@ class GPT(LanguageModel):
         end = start + N
         if cache is not None:
             attend = torch.ones(N, end, dtype=torch.bool, device=x.device).tril(start)
-        x = self.embed(x)  # (B, N, C)
+        x, values = self.embed(x), None  # (B, N, C)
         for i, block in enumerate(self.blocks):
             if cache is not None:
                 past = cache[i, ..., :end, :]
-            x = self.run(block, x, self.cos[start:end], self.sin[start:end], attend, past)
+            x, values = self.run(block, x, values, self.cos[start:end], self.sin[start:end], attend, past)
         return x
 
     def extend(self, x, cache, start):

@@ -57,6 +57,7 @@ TWINS = dict(diffusion="transformer", autoregressive="autoregressive")
 # dropout and weight decay of each kind on a small corpus read many times, by `--suite regularise`
 OWN = dict(transformer=dict(dropout=0.1, weight_decay=0.1), autoregressive=train_autoregressive.OWN)
 SCORED = dict(transformer=dict(chain_rule=32), autoregressive={})  # the twin's likelihood is exact without it
+OLD = dict(values="own", max_mask_rate=1.0, lr=4e-3)  # what the suite combined begins with
 VALIDATIONS = 12  # in a run of a length given in epochs; the best of them is the early-stopped model
 CLOSE = 0.01  # share by which matched runs may differ in what is matched
 PROCESSES = 12  # seconds in which a trainer and evaluate.py start, import, read and save
@@ -73,11 +74,11 @@ def suites(epochs):
     rates, schedules, weights = ((0.0, 1.0), (0.1, 1.0), (0.0, 0.8)), ("linear", "cosine"), ("elbo", "low_var", "mix")
     peaks = (("muon", 4e-3), ("muon", 2e-3), ("muon", 8e-3), ("adamw", 7e-4), ("adamw", 3.5e-4), ("adamw", 1.4e-3))
     parts = dict(positions_relative=dict(positions="relative"), positions_learned=dict(positions="learned"),
-                 positions_none=dict(positions="none"), value_residual=dict(value_residual=True),
+                 positions_none=dict(positions="none"), own_values=dict(values="own"),
                  attention_gate=dict(attention_gate=True), gelu=dict(feed_forward="gelu"),
                  relu2=dict(feed_forward="relu2"), layer_norm=dict(norm="layer"), sandwich_norm=dict(norm="sandwich"),
                  no_qk_norm=dict(norm="no_qk"))  # fmt: skip
-    eco = dict(memory_slots=(32, 16, 64), conv_kernel=(3, 11), attn_every=(0, 2))
+    eco = dict(memory_slots=(32, 16, 64), conv_kernel=(7, 11), attn_every=(0, 2))
     return {
         "seed": [(f"{a}_{t}_{m}", kind, dict(time_mode=t, masking_strategy=m))
                  for (a, kind), t, m in product(ARCHS.items(), times, masks)],
@@ -87,11 +88,13 @@ def suites(epochs):
         "architecture": [("full", one, {}), *((name, "variant", named) for name, named in parts.items()),
                          *((f"local_{w}", one, dict(window=w)) for w in (32, 64, 128)),
                          ("hybrid", "eco_hybrid", {}), ("pure", "eco_hybrid", dict(attn_every=0))],
-        "combined": [("default", "variant", {}), *((name, "variant", named) for name, named in dict(
-                         values=dict(value_residual=True), rates=dict(max_mask_rate=0.8), lr=dict(lr=8e-3),
-                         values_rates=dict(value_residual=True, max_mask_rate=0.8),
-                         values_rates_lr=dict(value_residual=True, max_mask_rate=0.8, lr=8e-3),
-                         values_rates_gate=dict(value_residual=True, max_mask_rate=0.8, attention_gate=True),
+        "combined": [("before", "variant", OLD), *((name, "variant", OLD | named) for name, named in dict(
+                         values=dict(values="mixed"), rates=dict(max_mask_rate=0.8),
+                         values_rates=dict(values="mixed", max_mask_rate=0.8),
+                         values_rates_lr=dict(values="mixed", max_mask_rate=0.8, lr=8e-3),
+                         rates_dropout=dict(max_mask_rate=0.8, dropout=0.1),
+                         values_dropout=dict(values="mixed", dropout=0.1),
+                         values_rates_dropout=dict(values="mixed", max_mask_rate=0.8, dropout=0.1),
                      ).items())],
         "optimizer": [(f"{o}_{lr:g}_decay{w:g}_ema{e:g}", one, dict(optimizer=o, lr=lr, weight_decay=w, ema=e))
                       for (o, lr), w, e in product(peaks, (0.1, 0.0), (0.999, 0.0))],

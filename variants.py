@@ -36,29 +36,27 @@ class FeedForward(nn.Module):
 
 class VariantAttention(Attention):
     def __init__(self, config, first):
-        super().__init__(config)
+        super().__init__(config, first=first or config.values == "own")
         self.rotary = config.positions == "rotary"
         if config.norm == "no_qk":
             self.norm_q, self.norm_k = (Scale(config.d_model // config.n_heads) for _ in range(2))
         self.gate = nn.Linear(config.d_model, config.n_heads, bias=False) if config.attention_gate else None
-        # of its own values and of the first layer's (ResFormer, arXiv 2410.17897)
-        self.shares = nn.Parameter(torch.full((2,), 0.5)) if config.value_residual and not first else None
 
-    def forward(self, x, cos, sin, bias, first):
-        """bias: what is added to the scores, or where they count, or None; first: the first layer's values, or None.
-        Returns the output (B, T, C) and the first layer's values (B, H, T, D)."""
+    def forward(self, x, cos, sin, bias, values):
+        """As Attention.forward. bias: what is added to the scores, or where they count, or None."""
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
         q, k = self.norm_q(q), self.norm_k(k)
         if self.rotary:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        first = v if first is None else first
-        if self.shares is not None:
-            v = self.shares[0] * v + self.shares[1] * first
+        if self.shares is None:
+            values = v
+        else:
+            v = self.shares[0] * v + self.shares[1] * values
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, H, T, D)
         if self.gate is not None:  # by head and position (arXiv 2505.06708); it begins near 1
             y = y * 2 * torch.sigmoid(self.gate(x)).mT[..., None]
-        return self.out(y.transpose(1, 2).reshape(B, T, C)), first
+        return self.out(y.transpose(1, 2).reshape(B, T, C)), values
 
 
 class VariantBlock(Block):
@@ -78,10 +76,10 @@ class VariantBlock(Block):
             for norm in (self.after_attention, self.after_ff):
                 nn.init.constant_(norm.scale, (2 * L) ** -0.5)  # all branches together begin as large as the embedding
 
-    def forward(self, x, cos, sin, bias, first):
-        y, first = self.attention(self.norm_attention(x), cos, sin, bias, first)
+    def forward(self, x, values, cos, sin, bias):
+        y, values = self.attention(self.norm_attention(x), cos, sin, bias, values)
         x = x + self.dropout(self.after_attention(y))
-        return x + self.dropout(self.after_ff(self.ff(self.norm_ff(x)))), first
+        return x + self.dropout(self.after_ff(self.ff(self.norm_ff(x)))), values
 
 
 class Variant(Denoiser):
@@ -107,7 +105,7 @@ class Variant(Denoiser):
                     self.offsets[h, max(0, min(at, 2 * T - 2))] = 4.0
 
     def trunk(self, x_t, lengths=None):
-        T, bias, first = x_t.shape[1], None, None
+        T, bias, values = x_t.shape[1], None, None
         at = torch.arange(T, device=x_t.device)
         if lengths is not None:
             bias = (at < lengths[:, None])[:, None, None]  # (B, 1, 1, T) bool
@@ -120,7 +118,7 @@ class Variant(Denoiser):
             if torch.is_autocast_enabled(x.device.type):  # scores and what is added to them have one precision
                 bias = bias.to(torch.get_autocast_dtype(x.device.type))
         for block in self.blocks:
-            x, first = self.run(block, x, self.cos[:T], self.sin[:T], bias, first)
+            x, values = self.run(block, x, values, self.cos[:T], self.sin[:T], bias)
         return x
 
 

@@ -135,7 +135,7 @@ def test_likelihoods_of_all_strings_sum_to_one(length):
     strings = STRINGS[: toys.V**length, toys.T - length :]  # all that are so long
     assert len(strings.unique(dim=0)) == toys.V**length
     p = (-length * small().nll(strings).double()).exp()
-    assert abs(p.sum() - 1) < 1e-5 and p.max() > 2 / len(p)  # and far from uniform
+    assert abs(p.sum() - 1) < 1e-5 and p.max() > 1.8 / len(p)  # and far from uniform
 
 
 def test_nll_has_the_unit_of_the_bound():

@@ -22,7 +22,7 @@ def close(a, b, tolerance=1e-5):
 def slots_of(model, x, layer=0):
     """Slots (B, M, C) behind a layer."""
     seen = []
-    hook = model.blocks[layer].register_forward_hook(lambda module, inputs, outputs: seen.append(outputs[1]))
+    hook = model.blocks[layer].register_forward_hook(lambda module, inputs, outputs: seen.append(outputs[2]))
     model(x)
     hook.remove()
     return seen[0]
@@ -142,6 +142,22 @@ def test_convolution_by_hand():
         total = sum(block.kernel[i] * u[t + i - 1] for i in range(3) if 0 <= t + i - 1 < 16)
         expected.append(x[t] + block.mix_out.weight @ (2 / (1 + torch.exp(-gate[t])) * total))
     close(model.trunk(x_t)[0], torch.stack(expected))
+
+
+def test_what_the_first_convolution_moves_reaches_the_other_layers(monkeypatch):
+    """Layers: convolution, full, convolution. Each takes its own values and those of the first by its two shares."""
+    model, moved, own, attended = build("eco_hybrid", n_layers=3, attn_every=2), [], [], []
+    depthwise = Depthwise.apply
+    monkeypatch.setattr(Depthwise, "apply", lambda u, kernel: moved.append(u) or depthwise(u, kernel))
+    for i in (0, 2):
+        model.blocks[i].mix_in.register_forward_hook(lambda layer, given, out: own.append(out[..., :16]))
+    model.blocks[1].attention.register_forward_hook(lambda layer, given, out: attended.append(out[1]))
+    model(torch.randint(V, (2, 16), generator=seeded()))
+    a, b = model.blocks[2].shares.tolist()
+    assert model.blocks[0].shares is None and model.blocks[1].attention.shares is not None and abs(a - b) > 0.05
+    close(moved[0], own[0], 0)
+    close(moved[1], a * own[1] + b * own[0])
+    close(attended[0].transpose(1, 2).flatten(2), own[0], 0)
 
 
 def test_what_is_refused():

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 import toys
 from torch import nn
 from torch._dynamo.utils import counters
@@ -23,7 +24,7 @@ VARIANTS = {  # name -> kind, sizes
     "local": ("transformer", dict(n_layers=3, window=4)),  # two local layers, a full one
     "hybrid": ("eco_hybrid", dict(attn_every=2)),  # one layer of each sort
     "blocks": ("transformer", dict(block_length=5)),  # three, and a rest of one
-    "relative": ("variant", dict(positions="relative", value_residual=True, attention_gate=True)),
+    "relative": ("variant", dict(positions="relative", values="own", attention_gate=True)),
     "learned": ("variant", dict(positions="learned", feed_forward="gelu", norm="sandwich")),
     "layer_norm": ("variant", dict(norm="layer")),
     "no_qk_norm": ("variant", dict(norm="no_qk")),
@@ -258,6 +259,27 @@ def band(T, reach):
     return (at[:, None] - at).abs() <= reach
 
 
+@pytest.mark.parametrize("kind", ["transformer", "autoregressive"])
+def test_values_are_mixed_with_those_of_the_first_layer(kind):
+    model, seen = build(kind, n_layers=3), []
+    for block in model.blocks:
+        block.attention.register_forward_hook(lambda layer, given, out: seen.append((layer, given[0], out[0])))
+    model.trunk(canvas().clamp(max=V - 1))
+    first = None
+    for layer, h, y in seen:
+        q, k, v = layer.qkv(h).view(3, T, 3, 2, 8).permute(2, 0, 3, 1, 4)  # 3 × (B, H, T, D)
+        if first is None:
+            assert layer.shares is None
+            first = v
+        else:
+            own, others = layer.shares.tolist()
+            assert abs(own - others) > 0.03  # or the two could be exchanged
+            v = own * v + others * first
+        q, k = (rotate(norm(z), model.cos, model.sin) for norm, z in ((layer.norm_q, q), (layer.norm_k, k)))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=kind == "autoregressive")
+        close(y, layer.out(mixed.transpose(1, 2).flatten(2)))
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
     "T, window", [(5, 64), (33, 64), (34, 64), (64, 64), (65, 64), (130, 64), (200, 64), (9, 2), (16, 6), (17, 30)]
@@ -276,7 +298,7 @@ def test_local_attention_is_full_attention_under_a_band(T, window, padded):
         (0, band(T, window // 2) & (inside | torch.eye(T).bool())),
     ):
         attention.reach = reach
-        y = attention(x, cos, sin, attend)
+        y, _ = attention(x, cos, sin, attend)
         if window // 2 >= T - 1:  # full attention: what stands behind a row's length sees only the row, not itself too
             y = y * inside[:, 0].mT
         pull = torch.randn(y.shape, generator=seeded(1))

@@ -21,6 +21,7 @@ def close(a, b):
 
 def attention(**flags):
     """One layer's attention (not the first), every parameter moved away from where it starts, and an input."""
+    flags = dict(values="own") | flags
     config = VariantConfig(vocab_size=V, max_seq_len=T, d_model=C, n_layers=L, n_heads=H, d_ff=24, **flags)
     layer, g = VariantAttention(config, first=False), toys.seeded(1)
     with torch.no_grad():
@@ -70,7 +71,7 @@ def test_attention_without_rotary_positions_and_without_norms():
 def test_gate_and_value_residual():
     layer, x = attention(positions="none", norm="no_qk", attention_gate=True)
     close(run(layer, x), by_hand(layer, x, gate=2 / (1 + (-(x @ layer.gate.weight.T)).exp())))
-    layer, x = attention(positions="none", norm="no_qk", value_residual=True)
+    layer, x = attention(positions="none", norm="no_qk", values="mixed")
     first = torch.randn(2, H, T, C // H, generator=toys.seeded(2))
     a, b = layer.shares.tolist()
     flat = first.transpose(1, 2).flatten(2)
@@ -78,7 +79,7 @@ def test_gate_and_value_residual():
 
 
 def test_the_first_layer_s_values_reach_the_others():
-    model = toys.build("variant", value_residual=True, n_layers=3)
+    model = toys.build("variant", n_layers=3)
     seen = []
     for block in model.blocks:
         block.attention.register_forward_hook(lambda layer, given, out: seen.append((given[4], out[1])))
@@ -125,7 +126,7 @@ def test_norms():
     y = block.attention(block.norm_attention(x), model.cos, model.sin, None, None)[0]
     y = x + rms(y) * block.after_attention.scale
     y = y + rms(block.ff(block.norm_ff(y))) * block.after_ff.scale
-    close(block(x, model.cos, model.sin, None, None)[0], y)
+    close(block(x, None, model.cos, model.sin, None)[0], y)
     model = toys.build("variant", norm="layer")
     h = model.trunk(X)
     h = rms(h - h.mean(2, keepdim=True)) * model.norm.weight + model.norm.bias
@@ -136,7 +137,7 @@ def test_norms():
 
 
 @pytest.mark.parametrize("flags", [
-    dict(positions="relative"), dict(positions="learned"), dict(positions="none"), dict(value_residual=True),
+    dict(positions="relative"), dict(positions="learned"), dict(positions="none"), dict(values="own"),
     dict(attention_gate=True), dict(feed_forward="gelu"), dict(feed_forward="relu2"), dict(norm="layer"),
     dict(norm="sandwich"), dict(norm="no_qk"),
 ], ids=str)  # fmt: skip

@@ -1,0 +1,66 @@
+"""The race to a bound: how long until Devdas costs 0.98 bits/byte? Started as `python benchmark.py speedrun`.
+
+    python benchmark.py speedrun                        # the record, three seeds
+    python benchmark.py speedrun --record quickstart    # one that was beaten
+
+0.98 is somewhat less than what an interpolated bigram model costs. What may change from record to record: everything
+that makes the model. What may not: the text and its held-out tenth, windows of 128 tokens, and the bound of all of them
+with 16 masks each, taken by the trainer while the clock stands. docs/speedrun.md has the story of each record.
+"""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import prepare
+from config import PrepareConfig, check
+from intervals import mean_error
+from machine import child_environment, script_argv
+from plot import read_metrics
+
+GOAL = 0.98  # bits/byte
+FIXED = dict(preset="tiny", seq_len=128, eval_masks=16, eval_windows=0, log_interval=1, keep=0)
+OLD = dict(values="own", max_mask_rate=1.0, lr=4e-3, batch_size=16, grad_accum=1)
+RECORDS = {  # oldest first: name -> the trainer, flags of prepare.py, flags of the trainer
+    "quickstart": ("variants.py", dict(vocab_size=1024), OLD | dict(max_steps=900, eval_interval=50))
+}
+
+
+def reached(lines):
+    """lines: metrics.jsonl. (seconds of training, step, bits/byte) at the first validation within GOAL, or None."""
+    seconds = 0.0
+    for line in lines:
+        if "loss" in line:
+            seconds = line["seconds"]["training"]
+        elif (line.get("bits_per_byte") or GOAL + 1) <= GOAL:  # null where it is not finite
+            return seconds, line["step"], line["bits_per_byte"]
+    return None
+
+
+def run(cfg):
+    """cfg: config.SpeedrunConfig. Train the record once a seed, one after another; returns the figures, a dict.
+
+    Raises RuntimeError if a training fails or ends above GOAL.
+    """
+    name = cfg.record or list(RECORDS)[-1]
+    check(name in RECORDS, f"there is no record {name!r}, but {', '.join(RECORDS)}")
+    script, of_data, of_run = RECORDS[name]
+    root = Path(cfg.root)
+    data = root / ("data_" + "_".join(map(str, of_data.values())))
+    if not (data / "meta.json").exists():
+        prepare.prepare(PrepareConfig(output_dir=str(data), **of_data))
+    rows = []
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        out = root / f"{name}_seed{seed}"
+        flags = FIXED | of_run | dict(data_dir=data, output_dir=out, seed=seed, threads=cfg.threads, device="cpu")
+        shutil.rmtree(out, ignore_errors=True)  # the clock starts at nought
+        done = subprocess.run(script_argv(script, flags), env=child_environment(), capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{name}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
+        if not (first := reached(read_metrics(out))):
+            raise RuntimeError(f"{name}, seed {seed}, ends above {GOAL} bits/byte, see {out}")
+        rows.append(dict(seed=seed, seconds=first[0], step=first[1], bits_per_byte=first[2]))
+        print(f"{name}, seed {seed}: {first[2]:.4f} bits/byte after {first[1]:,} steps, {first[0]:.1f} s of training")
+    mean, error = mean_error([row["seconds"] for row in rows])
+    print(f"{name}: {mean:.1f} s" + ("" if error is None else f" ± {error:.1f} over {len(rows)} seeds"))
+    return dict(record=name, goal=GOAL, flags=of_data | of_run, runs=rows, seconds=mean, standard_error=error)
