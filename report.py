@@ -49,13 +49,6 @@ iframe { width: 100%; height: 420px; border: 1px solid #8884; border-radius: 12p
 $above
 <div id="charts"></div>
 $below
-<script>
-addEventListener("message", ({ source, data }) => {  // a player says how high it is
-  const frame = [...document.querySelectorAll("iframe")].find(f => f.contentWindow === source);
-  if (frame && data.height > 0) frame.style.height = Math.min(4000, Math.ceil(data.height) + 2) + "px";
-});
-</script>
-$players
 <script>$plotly</script>
 <script type="application/json" id="data">$charts</script>
 <script>
@@ -68,9 +61,14 @@ charts.forEach(({ data, layout }, i) => {
   const font = { color: ink(), family: getComputedStyle(document.body).fontFamily };
   Plotly.newPlot(boxes[i], data, { ...layout, font }, settings);
 });
+addEventListener("message", ({ source, data }) => {  // a player says how high it is
+  const frame = [...document.querySelectorAll("iframe")].find(f => f.contentWindow === source);
+  if (frame && data.height > 0) frame.style.height = Math.min(4000, Math.ceil(data.height) + 2) + "px";
+});
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
   boxes.forEach(box => Plotly.relayout(box, { "font.color": ink() })));
 </script>
+$players
 </body>
 </html>
 """)
