@@ -26,7 +26,9 @@ def trace(steps):
 
 
 @drawable
-def test_a_picture_a_step_and_a_rest_at_the_end(tmp_path):
+def test_a_picture_a_step_and_a_rest_at_the_end(tmp_path, monkeypatch):
+    draw, fonts = gif.frame, []
+    monkeypatch.setattr(gif, "frame", lambda units, font, height: (fonts.append(font), draw(units, font, height))[1])
     gif.save(trace(STEPS), tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as image:
         assert image.n_frames == 2 and image.size[0] == gif.WIDTH
@@ -35,6 +37,7 @@ def test_a_picture_a_step_and_a_rest_at_the_end(tmp_path):
             image.seek(n)
             durations.append(image.info["duration"])
         assert durations == [700, 3000]
+    assert all(font.layout_engine == ImageFont.Layout.RAQM for font in fonts) and len(fonts) == 2
 
 
 @drawable

@@ -1,6 +1,7 @@
 """Inside: the holes are the forward process's, beliefs are the model's softmax, attention is what the model used."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -77,6 +78,14 @@ def test_the_bound_settles_where_the_bound_is(loaded, twin, x0):
     other = float(nats) / math.log(2) * x0.shape[1] / len(loaded.tokenizer.decode(x0[0].tolist()))
     assert masks == 192 and 0 < error < 0.2 * bits and abs(bits - other) < 5 * error + 0.01 * bits
     assert list(inside.settling(checkpoint.load(twin), x0))[0][::2] == (0, 0.0)  # exact
+
+
+def test_the_error_is_that_of_a_mean_of_independent_batches(monkeypatch, loaded, x0):
+    values = iter((1.0, 2.0, 4.0))
+    monkeypatch.setattr(diffusion, "bound", lambda *args: torch.full((8,), next(values)))
+    (_, one, _), _, (masks, bits, error) = inside.settling(loaded, x0, batches=3)
+    assert masks == 24 and bits == pytest.approx(7 / 3 * one)
+    assert error == pytest.approx(one * statistics.stdev((1, 2, 4)) / math.sqrt(3))
 
 
 def test_attention_weights_are_those_of_pytorch():
