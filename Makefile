@@ -1,6 +1,6 @@
 # make quickstart   set-up, default corpus, training, sampling, a report: minutes on two CPU cores
 # make test         set-up and the whole test suite
-# make setup        only the environment in .venv, with the core; make setup-all adds hub data sets and the tests' needs
+# make setup        only the environment in .venv, with the core; make setup-all adds the web app, hub data sets, tests
 # make clean        forget the quickstart's data and run
 
 PYTHON ?= python3
@@ -36,7 +36,7 @@ quickstart: .venv/core
 	@test -f $(DATA)/meta.json || $(PY) prepare.py --output_dir $(DATA) --vocab_size 1024 --romanized 0.1
 	$(PY) train_diffusion.py --preset tiny --data_dir $(DATA) --output_dir $(RUN) $(if $(wildcard $(RUN)/*.pt),--resume)
 	$(PY) sample_diffusion.py --ckpt $(RUN)/best.pt --prompt "$(PROMPTS)" --temperature 0.6 --no_live
-	@$(PY) sample_diffusion.py --ckpt $(RUN)/best.pt --prompt "एक दिन" --temperature 0.6 --html $(RUN)/replay.html --no_live > /dev/null
+	@$(PY) sample_diffusion.py --ckpt $(RUN)/best.pt --prompt "एक दिन" --temperature 0.6 --html $(RUN)/replay.html --json $(RUN)/replay.json --no_live > /dev/null
 	$(PY) evaluate.py --ckpt $(RUN)/best.pt --check; code=$$?; $(PY) plot.py $(RUN) && exit $$code
 	@echo
 	@echo "Look at $(RUN)/loss.png, and open $(RUN)/replay.html in a browser to see text appear step by step. Next:"

@@ -37,6 +37,7 @@ MODELS = {  # kind -> (config class, model class)
     "variant": (VariantConfig, Variant),
     "hub": (HubConfig, hub.HubDenoiser),
     "hub_causal": (HubConfig, hub.HubGPT),
+    "hub_seq2seq": (HubConfig, hub.HubSeq2Seq),
 }
 OURS = [kind for kind in MODELS if not kind.startswith("hub")]  # those that are built from sizes
 

@@ -3,8 +3,9 @@
     python compare.py checkpoints/diffusion_hi checkpoints/eco_hybrid_hi
     python compare.py checkpoints/*_s? --output_dir report --check_fair      # exit 1 if they are no matched twins
 
-Reads config.json, metrics.jsonl, eval.json and benchmark_sample.json of each run, never a checkpoint. Runs that differ
-in their seed alone form a group; a difference between groups is taken seed by seed and window by window.
+Reads config.json, metrics.jsonl, eval.json, benchmark_sample.json and replay.json (a trace, of sample_diffusion.py
+--json) of each run, never a checkpoint. Runs that differ in their seed alone form a group; a difference between groups
+is taken seed by seed and window by window.
 """
 
 import itertools
@@ -17,12 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
+import traces
 from config import PROMPTS, Parser, check, one_line, run_main
 from intervals import difference, mean_error
 from plot import read_metrics, smooth
 from report import GREY, Mark, Table, chart, style, to_markdown, to_page
 
 DASH = "–"
+FILES = "config.json metrics.jsonl eval.json benchmark_sample.json replay.json".split()
 EACH = 6  # up to so many groups each is held against each, more only against the first
 # what makes no other experiment: seed, places, machine, what is only looked at, and what follows from the rest
 ASIDE = (
@@ -143,14 +146,15 @@ def read_json(path):
 
 
 def read_run(folder, name):
-    config, metrics, *others = (folder / f for f in "config.json metrics.jsonl eval.json benchmark_sample.json".split())
+    config, metrics, *others = (folder / f for f in FILES)
     check(config.is_file(), f"{folder} is no run folder: there is no {config.name} in it")
     records = [r for r in read_metrics(folder) if isinstance(r, dict)] if metrics.is_file() else []
     lines = metrics.read_bytes().split(b"\n") if metrics.is_file() else []
     if len(records) < sum(bool(line.strip()) for line in lines) - 1:  # a kill tears the last line, no other
         raise RuntimeError(f"{metrics} is damaged (only {len(records)} lines are readable); leave the run out")
-    scores, benchmark = (read_json(path) if path.is_file() else {} for path in others)
+    scores, benchmark, replay = (read_json(path) if path.is_file() else {} for path in others)
     run = dict(name=name, config=read_json(config), records=records, scores=scores, benchmark=rows(benchmark, "rows"))
+    run |= dict(replay=replay)
     return run | {"facts": derive(run)}
 
 
@@ -342,6 +346,17 @@ def frontiers(benchmarks):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def parts(runs, benchmarks=None):
+    """What report.to_page shows of runs: title, verdict, tables, charts, players. benchmarks: {name: rows} besides."""
+    groups = group(runs)
+    benchmarks = {run["name"]: run["benchmark"] for run in runs if run["benchmark"]} | (benchmarks or {})
+    broken = "; ".join(f"{field} ({values})" for field, values in unfair(runs, groups).items())
+    verdict = f"Not matched twins: {broken}" if broken else "Matched twins: nothing differs that should not"
+    drawn = [figure for figure in (*curves(runs, groups), *frontiers(benchmarks)) if figure]
+    players = [(run["name"], traces.html(run["replay"])) for run in runs if run["replay"]]
+    return f"{len(runs)} runs" if runs[1:] else "One run", verdict, list(tables(runs, groups)), drawn, players
+
+
 def main():
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", help="run folders")
@@ -351,19 +366,14 @@ def main():
     args = parser.parse_args()
 
     runs = read_runs(args.runs)
-    groups = group(runs)
-    benchmarks = {run["name"]: run["benchmark"] for run in runs if run["benchmark"]}
+    benchmarks = {}
     if args.benchmark:
         benchmarks[args.benchmark] = rows(read_json(Path(args.benchmark)), "rows")
         check(
             benchmarks[args.benchmark], f"--benchmark {args.benchmark} holds no rows; benchmark.py sample writes them"
         )
-    broken = "; ".join(f"{field} ({values})" for field, values in unfair(runs, groups).items())
-    title = f"{len(runs)} runs" if runs[1:] else "One run"
-    verdict = f"Not matched twins: {broken}" if broken else "Matched twins: nothing differs that should not"
-    found = list(tables(runs, groups))
-    drawn = [figure for figure in (*curves(runs, groups), *frontiers(benchmarks)) if figure]
-    reports = {"report.html": to_page(title, verdict, found, drawn), "report.md": to_markdown(title, verdict, found)}
+    title, verdict, found, *shown = parts(runs, benchmarks)
+    reports = {"report.html": to_page(title, verdict, found, *shown), "report.md": to_markdown(title, verdict, found)}
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     for name, content in reports.items():
@@ -371,8 +381,8 @@ def main():
     for field, values in differing(runs).items():
         print(f"{field}: {who([run['name'] for run in runs], values)}")
     print(f"{verdict}\nwrote {' and '.join(str(out / name) for name in reports)}")
-    if args.check_fair and broken:
-        raise RuntimeError(f"not matched twins: {broken}; train and score them alike")
+    if args.check_fair and verdict.startswith("Not"):
+        raise RuntimeError(f"n{verdict[1:]}; train and score them alike")
 
 
 if __name__ == "__main__":

@@ -354,6 +354,7 @@ class SampleConfig:
     live: bool = knob(True, "show the text appear when standard output is a terminal")
     html: str = knob("", "write a self-contained replay of the first sample to this file")
     json: str = knob("", "write the trace of the first sample to this file")
+    gif: str = knob("", "write the first sample appearing as an animated GIF to this file")
     device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
     ema: bool = knob(True, "use the averaged weights")
 
@@ -374,6 +375,22 @@ class SampleConfig:
         check(0 <= self.loop < 1, f"--loop is {self.loop}, needs 0 <= loop < 1")
         check(self.remask > 0 or self.loop == 0, f"--loop is {self.loop}, which needs a --remask above 0")
         check(self.num_samples >= 1, f"--num_samples is {self.num_samples}, needs to be 1 or more")
+
+
+@dataclass
+class AppConfig:
+    ckpt: str = knob(
+        "", "run folders, .pt files or hub:NAME, comma-separated; empty: every run under checkpoints/ and models/"
+    )
+    port: int = knob(7860, "where the app listens")
+    host: str = knob("", "address to bind to; empty is this machine alone, or what GRADIO_SERVER_NAME says")
+    share: bool = knob(False, "a public link through Gradio's servers, for 72 hours")
+    queue: int = knob(64, "requests that may wait; more are refused")
+    device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
+
+    def __post_init__(self):
+        check(0 < self.port < 65536, f"--port is {self.port}, needs to be from 1 to 65535")
+        check(self.queue >= 1, f"--queue is {self.queue}, needs to be 1 or more")
 
 
 @dataclass

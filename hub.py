@@ -417,11 +417,37 @@ class HubGPT(GPT):
         return self.model(self.behind_bos(x), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
+class HubSeq2Seq(HubGPT):
+    """An encoder-decoder of transformers, such as FLAN-T5: the encoder reads what is given, the decoder writes on.
+
+    One text at a time. It has no likelihood of a text alone: it judges and scores nothing.
+    """
+
+    auto = "AutoModelForSeq2SeqLM"
+
+    def forward(self, x0, where=None, lengths=None):
+        raise ValueError("an encoder-decoder answers a prompt, it has no likelihood of a text; choose another model")
+
+    def cache(self, B, T):
+        check(B == 1, f"an encoder-decoder writes one text at a time here, not {B}")
+        check(T <= self.config.max_seq_len, f"{T} tokens are more than the model's {self.config.max_seq_len}")
+        return dict(encoder_outputs=None, past_key_values=None)
+
+    def extend(self, x, cache, start):
+        """As HubGPT.extend. The first x is BOS and the prompt; then x is what was written since."""
+        if start == 0:
+            given = F.pad(x[:, 1:], (0, int(self.config.last >= 0)), value=self.config.last)  # (1, P) or (1, P + 1)
+            cache["encoder_outputs"], x = self.model.get_encoder()(given), x[:, :1]
+        out = self.model(decoder_input_ids=self.behind_bos(x), use_cache=True, **cache)
+        cache["past_key_values"] = out.past_key_values
+        return out.logits[:, -1]
+
+
 def load(name, device="cpu"):
     """(denoiser in eval mode, Tokenizer, kind) of a model by its name in the hub or by its folder.
 
-    kind: "hub", or "hub_causal". Raises ValueError if it is not here and cannot be fetched, is neither masked nor
-    causal, needs code of its own, lacks weights of its trunk, or has a tokenizer that cannot keep matras.
+    kind: "hub", "hub_causal" or "hub_seq2seq". Raises ValueError if it is not here and cannot be fetched, is none of
+    them, needs code of its own, lacks weights of its trunk, or has a tokenizer that cannot keep matras.
     """
     transformers = library()
     theirs = fetch(transformers.AutoConfig, name)
@@ -429,6 +455,8 @@ def load(name, device="cpu"):
     special, made_for = tokenizer.special, " ".join(theirs.architectures or [])
     causal = special["mask"] < 0 or "CausalLM" in made_for or "LMHead" in made_for
     kind, model_class = ("hub_causal", HubGPT) if causal else ("hub", HubDenoiser)
+    if theirs.is_encoder_decoder:
+        kind, model_class = "hub_seq2seq", HubSeq2Seq
     auto = getattr(transformers, model_class.auto)
     model, info = fetch(auto, name, dtype=torch.float32, output_loading_info=True)
     lacking = sorted(info["missing_keys"])
@@ -438,6 +466,8 @@ def load(name, device="cpu"):
         print(f"warning: hub:{name} has no trained head ({', '.join(lacking[:3])}); tune it first", file=sys.stderr)
     first = next(i for i in (special["first"], special["bos"], special["eos"]) if i >= 0 or not causal)
     last, frame = -1 if causal else special["last"], 0 if causal else sum(special[k] >= 0 for k in ("first", "last"))
+    if theirs.is_encoder_decoder:
+        first, last = theirs.decoder_start_token_id, special["last"]
     described = theirs.to_dict() | dict(architectures=[type(model).__name__])
     for key in ("_name_or_path", "transformers_version", "dtype"):  # the same model from another place is the same
         described.pop(key, None)

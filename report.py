@@ -39,6 +39,7 @@ th { font-weight: 600; vertical-align: bottom; text-align: left; }
 tr > :first-child { text-align: left !important; position: sticky; left: 0; background: Canvas; font-weight: 600; }
 td.mark { background: rgba(255, 180, 0, .25); }
 #charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 560px), 1fr)); gap: 1.5rem; }
+iframe { width: 100%; height: 420px; border: 1px solid #8884; border-radius: 12px; }
 #charts > div { height: 420px; min-width: 0; margin-top: 1.5rem; }
 </style>
 </head>
@@ -60,9 +61,14 @@ charts.forEach(({ data, layout }, i) => {
   const font = { color: ink(), family: getComputedStyle(document.body).fontFamily };
   Plotly.newPlot(boxes[i], data, { ...layout, font }, settings);
 });
+addEventListener("message", ({ source, data }) => {  // a player says how high it is
+  const frame = [...document.querySelectorAll("iframe")].find(f => f.contentWindow === source);
+  if (frame && data.height > 0) frame.style.height = Math.min(4000, Math.ceil(data.height) + 2) + "px";
+});
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () =>
   boxes.forEach(box => Plotly.relayout(box, { "font.color": ink() })));
 </script>
+$players
 </body>
 </html>
 """)
@@ -126,8 +132,8 @@ def to_markdown(title, text, tables):
     return "\n\n".join(parts) + "\n"
 
 
-def to_page(title, text, tables, charts):
-    """The HTML, with plotly.js in it. Raises ValueError if plotly is not installed."""
+def to_page(title, text, tables, charts, players=()):
+    """The HTML, with plotly.js in it. players: (name, a page of traces.html). Raises ValueError without plotly."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -135,4 +141,7 @@ def to_page(title, text, tables, charts):
     above, below = ("\n".join(to_html(table) for table in tables if table.words == words) for words in (False, True))
     data = json.dumps(charts, ensure_ascii=False, allow_nan=False).replace("<", r"\u003c")  # no </script> in it
     title, text = html.escape(title), html.escape(text)
-    return PAGE.substitute(title=title, text=text, above=above, below=below, charts=data, plotly=get_plotlyjs())
+    frame = '<h2>{}</h2>\n<iframe sandbox="allow-scripts" title="player" srcdoc="{}"></iframe>'  # reaches nothing here
+    players = "\n".join(frame.format(html.escape(f"Writing: {name}"), html.escape(page)) for name, page in players)
+    parts = dict(title=title, text=text, above=above, below=below, players=players, charts=data)
+    return PAGE.substitute(parts, plotly=get_plotlyjs())

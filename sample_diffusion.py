@@ -24,6 +24,7 @@ import torch
 
 import chat
 import checkpoint
+import gif
 import sampling
 import traces
 from config import SampleConfig, check, parse, run_main
@@ -40,6 +41,15 @@ def canvases(prompt, tokenizer, mask_id, max_new_tokens, limit):
     Raises ValueError if one is longer than `limit`, or if there is nothing to fill.
     """
     pieces = BLANK.split(prompt)  # text, length or None, text, ...
+
+    def fits(longest):
+        check(
+            longest <= limit,
+            f"the prompt and what is to be written take {longest} tokens, the model's window holds {limit}; "
+            f"shorten the prompt ({len(tokenizer.encode(prompt))} tokens) or --max_new_tokens",
+        )
+
+    fits(sum(int(n or 1) for n in pieces[1::2]) if pieces[1:] else len(tokenizer.encode(prompt)) + max_new_tokens)
     if len(pieces) == 1:
         rows = [tokenizer.encode(prompt) + [mask_id] * max_new_tokens]
     else:
@@ -59,11 +69,7 @@ def canvases(prompt, tokenizer, mask_id, max_new_tokens, limit):
             rows.append(row)
         rows = [row for row in rows if len(row) <= limit] or [min(rows, key=len)]
     longest = max(map(len, rows))
-    check(
-        longest <= limit,
-        f"the prompt and what is to be written take {longest} tokens, the model's window holds {limit}; "
-        f"shorten the prompt ({len(tokenizer.encode(prompt))} tokens) or --max_new_tokens",
-    )
+    fits(longest)
     check(longest > 0, "there is nothing to write: the prompt is empty and --max_new_tokens is 0")
     return rows
 
@@ -102,6 +108,20 @@ class Samples:
     rows: list  # the row of the batch that each sample is, and how long it is
 
 
+def decoding(loaded, x, lengths, cfg, blanks=False, observe=None):
+    """The Steps that fill x (B, T) as cfg (a SampleConfig) says, and draw no token that is no text. blanks: nor EOS."""
+    denoiser, tokenizer = loaded.denoiser, loaded.tokenizer
+    never = [*tokenizer.never]
+    if blanks:
+        never.append(tokenizer.eos_id)  # it has no text: a blank would show fewer tokens than it was given
+    drawing = {k: getattr(cfg, k) for k in ("temperature", "top_k", "top_p", "no_repeat")}
+    drawing |= dict(min_new=cfg.min_new_tokens, eos_id=None if blanks else tokenizer.eos_id, forbid=never)
+    drawing |= dict(lengths=lengths, generator=torch.Generator().manual_seed(cfg.seed), observe=observe)
+    if hasattr(denoiser, "extend"):
+        return sampling.write(denoiser, x, **drawing)
+    return sampling.denoise(denoiser, x, **{k: getattr(cfg, k) for k in CHOOSING}, **drawing)
+
+
 def generate(loaded, prompts, cfg, on_step=None):
     """Samples for each prompt, cfg.num_samples each, in one batch. on_step(step, length of row 0) sees each step.
 
@@ -126,19 +146,8 @@ def generate(loaded, prompts, cfg, on_step=None):
             rows += options
     x, lengths = right_padded(rows, tokenizer.pad_id, next(denoiser.parameters()).device)
     given, log_p, steps = x != denoiser.mask_id, torch.zeros(x.shape, device=x.device), []
-    never = [*tokenizer.never]
-    if blanks:
-        never.append(tokenizer.eos_id)  # it has no text: a blank would show fewer tokens than it was given
     start, seconds = time.perf_counter(), []
-    drawing = {k: getattr(cfg, k) for k in ("temperature", "top_k", "top_p", "no_repeat")}
-    drawing |= dict(min_new=cfg.min_new_tokens, eos_id=None if blanks else tokenizer.eos_id, forbid=never)
-    drawing |= dict(lengths=lengths, generator=torch.Generator().manual_seed(cfg.seed))
-    if causal:
-        decoding = sampling.write(denoiser, x, **drawing)
-    else:
-        choosing = {k: getattr(cfg, k) for k in CHOOSING}
-        decoding = sampling.denoise(denoiser, x, **choosing, **drawing)
-    for step in decoding:
+    for step in decoding(loaded, x, lengths, cfg, blanks):
         log_p += torch.where(step.revealed, step.confidence.clamp(min=1e-9).log(), 0.0)
         steps.append(step)
         seconds.append(time.perf_counter() - start)
@@ -164,8 +173,8 @@ class Stopped(Exception):
     """Nobody wants the rest of this answer."""
 
 
-def ask(loaded, turns, cfg, on_step=None):
-    """The text that answers turns which end with the user's. on_step(step, n_prompt) sees each step.
+def asked(loaded, turns, cfg):
+    """Turns that end with the user's → (ids that the answer stands behind, cfg for as many new tokens as then fit).
 
     The oldest exchanges are left out until cfg.max_new_tokens, or half of the window, are free for the answer. Raises
     ValueError if the last question alone is too long.
@@ -175,7 +184,12 @@ def ask(loaded, turns, cfg, on_step=None):
     kept = chat.latest(turns, lambda t: len(chat.prompt(t, loaded.tokenizer)) <= most)
     ids = chat.prompt(kept or turns[-1:], loaded.tokenizer)
     check(kept, f"the question takes {len(ids)} tokens, of the window's {limit} there are {most} for it; shorten it")
-    cfg = dataclasses.replace(cfg, max_new_tokens=min(cfg.max_new_tokens, limit - len(ids)))
+    return ids, dataclasses.replace(cfg, max_new_tokens=min(cfg.max_new_tokens, limit - len(ids)))
+
+
+def ask(loaded, turns, cfg, on_step=None):
+    """The text that answers turns which end with the user's, see `asked`. on_step(step, n_prompt) sees each step."""
+    ids, cfg = asked(loaded, turns, cfg)
     samples = generate(loaded, [ids], cfg, on_step and (lambda step, length: on_step(step, len(ids))))
     return chat.answer(samples.texts[0][len(ids) :], loaded.tokenizer)
 
@@ -278,7 +292,8 @@ def main():
         f"{written / max(1, forwards):.1f} tokens a forward, {written / seconds:,.0f} tokens/s "
         f"({seconds:.2f} s; {loaded.path}, step {loaded.step:,})"
     )
-    for path, write in ((cfg.html, trace.save_html), (cfg.json, trace.save)):
+    save_gif = lambda path: gif.save(trace.to_dict(), path)  # noqa: E731
+    for path, write in ((cfg.html, trace.save_html), (cfg.json, trace.save), (cfg.gif, save_gif)):
         if path:
             write(path)
             print(f"wrote {path}")

@@ -235,6 +235,7 @@ def denoise(
     forbid=(),
     lengths=None,
     generator=None,
+    observe=None,
 ):
     """Fill every MASK of x (B, T) in at most `steps` forwards; yields a Step after each.
 
@@ -252,6 +253,8 @@ def denoise(
     eos_id: open positions behind an EOS that was drawn are filled with it at once; min_new: it is not drawn in a row's
     first so many open positions. no_repeat: n-grams of this length that would stand twice in a row are not drawn; two
     tokens of one step do not know of each other. lengths (B,): rows are right-padded. generator: a CPU generator.
+    observe(probs (N, V), row (N,), position (N,)) sees the undisturbed probabilities of the open positions before each
+    step; it changes nothing.
 
     As this is a generator function, errors come with the first step that is asked for: ValueError for a wrong setting,
     FloatingPointError for logits that are not finite.
@@ -313,6 +316,8 @@ def denoise(
             if min_new and eos_id is not None:
                 logits = without(logits, early[row, at], eos_id)
             probs = logits.softmax(1)
+            if observe:
+                observe(probs, row, at)
             sure = (~is_open).float()  # (B, T) 1 where nothing is open
             sure[row, at] = probs.amax(1)
 
@@ -368,6 +373,7 @@ def write(
     forbid=(),
     lengths=None,
     generator=None,
+    observe=None,
 ):
     """Fill every MASK of x (B, T) from left to right by the autoregressive twin; yields a Step after each forward.
 
@@ -396,7 +402,10 @@ def write(
         logits = allowed(logits[rows], forbid, forwards)  # (n, V)
         if min_new and eos_id is not None:
             logits = without(logits, early[rows, t], eos_id)
-        new = forbid_repeats(logits, x, gpt.mask_id, rows, torch.full_like(rows, t), no_repeat) if no_repeat else logits
+        probs, at = logits.softmax(1), torch.full_like(rows, t)  # (n, V), (n,)
+        if observe:
+            observe(probs, rows, at)
+        new = forbid_repeats(logits, x, gpt.mask_id, rows, at, no_repeat) if no_repeat else logits
         x[rows, t] = draw(filter_probs(new, temperature, top_k, top_p), generator)  # (n,)
         if eos_id is not None:  # what stands behind an end is not wanted
             over = is_open & reveal[:, t : t + 1] & (x[:, t : t + 1] == eos_id) & (place > t) & (t > last_given)
@@ -404,5 +413,5 @@ def write(
             reveal = reveal | over
         is_open = is_open & ~reveal
         sure = (~is_open).float()  # (B, T)
-        sure[rows, t] = logits.softmax(1).gather(1, x[rows, t][:, None]).squeeze(1)
+        sure[rows, t] = probs.gather(1, x[rows, t][:, None]).squeeze(1)
         yield Step(x.clone(), reveal, sure, forwards)

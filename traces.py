@@ -6,12 +6,15 @@
         print("\\n".join(render(trace.units, width=80)))
     trace.save("sample.json"); trace.save_html("sample.html")
 
-    {"format": 1, "prompt": str, "meta": {...}, "length": T, "text": str, "steps": [
+    {"format": 1, "prompt": str, "meta": {...}, "length": T, "text": str, "pieces": {id: text}, "steps": [
         {"tokens": [id] * T, "revealed": [position], "remasked": [position], "confidence": [float] * T,
-         "forwards": int, "seconds": float, "units": [[text, state, confidence or null, [position]]]}]}
+         "forwards": int, "seconds": float, "units": [[text, state, confidence or null, [position]]],
+         "top": {position: [entropy in nats, [[id, probability], ...]]}}]}
 
-steps[0] is the canvas before the first forward. A unit is what a reader sees as one thing: a grapheme cluster, an open
-position, or a special token (no text). Its state is one of STATES; the open ones, OPEN, are as many as there are MASKs.
+steps[0] is the canvas before the first forward. `top` and `pieces` stand there where someone watched (see Watch): what
+the model thought of a position when it looked at it for the step. A unit is what a reader sees as one thing: a grapheme
+cluster, an open position, or a special token (no text). Its state is one of STATES; the open ones, OPEN, are as many as
+there are MASKs.
 """
 
 import itertools
@@ -26,6 +29,7 @@ import regex  # \X keeps क्ष and स्त्री whole (Unicode's rule 
 
 STATES = ("prompt", "open", "new", "kept", "remasked")
 OPEN = ("open", "remasked")  # remasked: open, and was not so one step before
+EVERY = 128  # tokens up to which a trace keeps what was thought of all open positions, not of the decided ones alone
 BLOCK = "░"  # stands for an open position wherever there is only plain text
 PLAYER = Path(__file__).with_name("player.html")
 SLOT = '<script type="application/json" id="trace">null</script>'
@@ -101,6 +105,29 @@ def clusters(tokens, tokenizer, mask_id, age):
 # steps → a trace
 
 
+class Watch:
+    """An `observe` for the samplers: the k likeliest tokens and the entropy at each open position, as of the last step.
+
+    watch = Watch(); for step in sampling.denoise(..., observe=watch): trace.add(step, top=watch.of(0))
+    """
+
+    def __init__(self, k=5):
+        self.k, self.last = k, None
+
+    def __call__(self, probs, row, position):
+        """probs (N, V), row (N,), position (N,)"""
+        entropy = -(probs * probs.clamp(min=1e-30).log()).sum(1)  # (N,) nats
+        self.last = (row, position, entropy, *probs.topk(min(self.k, probs.shape[1]), dim=1))
+
+    def of(self, row):
+        """{position: [entropy, [[id, probability], ...]]} of a row, the likeliest first."""
+        if self.last is None:
+            return {}
+        columns = (part[self.last[0] == row].tolist() for part in self.last[1:])
+        return {at: [round(h, 3), [[i, round(p, 4)] for i, p in zip(ids, ps, strict=True) if p > 0]]
+                for at, h, ps, ids in zip(*columns, strict=True)}  # fmt: skip
+
+
 class Trace:
     """Collects the steps of one row. `canvas` is the row before the first step; where it is not given, it is the first
     step with the positions put back that this step revealed."""
@@ -109,13 +136,13 @@ class Trace:
         self.tokenizer, self.mask_id = tokenizer, mask_id
         self.prompt = prompt.encode(errors="replace").decode()  # a command line can carry lone surrogates
         self.meta = dict(meta or {})
-        self.steps = []
+        self.steps, self.pieces = [], {}
         self.start = time.perf_counter()
         if canvas is not None:
             self._append(listed(canvas), None, 0, 0.0)
 
-    def add(self, step, row=0, seconds=None, length=None):
-        """seconds since the start, now by default; length: where the row is right-padded, its own."""
+    def add(self, step, row=0, seconds=None, length=None, top=None):
+        """seconds since the start, now by default; length: where the row is right-padded, its own; top: Watch.of."""
         tokens, confidence = listed(step.x[row])[:length], listed(step.confidence[row])[:length]
         seconds = round(time.perf_counter() - self.start if seconds is None else seconds, 4)
         if not self.steps and step.forwards > 0:
@@ -124,9 +151,9 @@ class Trace:
             self._append(canvas, None, 0, 0.0)
         if self.steps and tokens == self.steps[-1]["tokens"] and (step.forwards == 0 or self.mask_id not in tokens):
             return  # the canvas a second time, or a row that was complete while others of its batch go on
-        self._append(tokens, confidence, int(step.forwards), seconds)
+        self._append(tokens, confidence, int(step.forwards), seconds, top)
 
-    def _append(self, tokens, confidence, forwards, seconds):
+    def _append(self, tokens, confidence, forwards, seconds, top=None):
         k, mask = len(self.steps), self.mask_id
         confidence = [round(c, 4) if math.isfinite(c) else 0.0 for c in confidence or [0.0] * len(tokens)]
         if k == 0:
@@ -150,6 +177,11 @@ class Trace:
         units = [unit(*u) for u in clusters(tokens, self.tokenizer, mask, self.age)]
         self.steps.append({"tokens": tokens, "revealed": revealed, "remasked": remasked, "confidence": confidence,
                            "forwards": forwards, "seconds": seconds, "units": units})  # fmt: skip
+        if top:
+            wanted = set(revealed) if len(tokens) > EVERY else top
+            self.steps[-1]["top"] = {str(i): top[i] for i in top if i in wanted}
+            for i in {i for _, likeliest in self.steps[-1]["top"].values() for i, _ in likeliest}:
+                self.pieces[str(i)] = self.tokenizer.token_bytes(i).decode(errors="replace")
 
     @property
     def units(self):
@@ -159,7 +191,7 @@ class Trace:
     def to_dict(self):
         length = len(self.steps[0]["tokens"]) if self.steps else 0
         return {"format": 1, "prompt": self.prompt, "meta": self.meta, "length": length, "text": plain(self.units),
-                "steps": self.steps}  # fmt: skip
+                **({"pieces": self.pieces} if self.pieces else {}), "steps": self.steps}  # fmt: skip
 
     def save(self, path):
         write(path, json.dumps(self.to_dict(), ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")

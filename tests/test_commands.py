@@ -33,6 +33,7 @@ SCRIPTS = {
     "sample_diffusion": [config.SampleConfig],
     "sample_eco_hybrid": [config.SampleConfig],
     "evaluate": [config.EvaluateConfig],
+    "app": [config.AppConfig],
 }
 
 

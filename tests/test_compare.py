@@ -582,7 +582,7 @@ def test_a_torn_last_line_is_passed_over_another_is_not(command, make, compared)
 def test_without_plotly_the_install_line(command, make, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     result = command("compare", make("a"), "--output_dir", tmp_path / "out")
-    pinned = re.search(r"^plotly==.*$", (ROOT / "requirements-dev.txt").read_text(), re.M)[0]
+    pinned = re.search(r"^plotly==.*$", (ROOT / "requirements-app.txt").read_text(), re.M)[0]
     assert result.code == 2 and f"pip install {pinned}" in result.error() and not (tmp_path / "out").exists()
 
 

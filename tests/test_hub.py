@@ -517,3 +517,23 @@ def test_the_twin_writes_by_the_same_sampler(saved):
     *_, last = sampling.write(gpt, x, temperature=0)
     with torch.no_grad():
         assert torch.equal(gpt(last.x)[:, 1:].argmax(2), last.x[:, 1:])
+
+
+@torch.no_grad()
+def test_an_encoder_decoder_writes_what_transformers_writes(saved):
+    """Greedily, token by token, behind the same prompt; it judges nothing."""
+    folder, model, theirs, loaded = saved("t5")
+    assert loaded.kind == "hub_seq2seq" and loaded.kind not in checkpoint.OURS
+    never, n = list(loaded.tokenizer.never), 9
+    given = theirs(TEXT, return_tensors="pt")["input_ids"]  # (1, P + 1) with </s>
+    want = model.generate(given, do_sample=False, max_new_tokens=n, suppress_tokens=never)[0, 1:]
+    cfg = config.SampleConfig(max_new_tokens=n, temperature=0)
+    samples = sample_diffusion.generate(loaded, [TEXT], cfg)
+    ids = loaded.tokenizer.encode(TEXT)
+    assert given[0].tolist() == [*ids, loaded.tokenizer.eos_id]
+    got = samples.steps[-1].x[0, len(ids) :]
+    assert got[: len(want)].tolist() == want.tolist() and len(set(want.tolist())) > 1
+    with pytest.raises(ValueError, match="one text"):
+        sample_diffusion.generate(loaded, [TEXT, "राम"], cfg)
+    with pytest.raises(ValueError, match="likelihood"):
+        loaded.denoiser.nll(torch.tensor([ids]))

@@ -10,6 +10,7 @@ import toys
 from toys import KINDS, MARKOV, SOURCES, STEP, STRINGS, UNIGRAM, T, Toy, V, build, seeded, surprise
 
 import diffusion
+import sampling
 from sampling import STRATEGIES, blocks, denoise, draw, filter_probs, forbid_repeats, risen
 
 EVEN = dict(threshold=1.0, entropy_bound=0.0)  # no strategy decides more than its share
@@ -594,6 +595,30 @@ def test_seeds(strategy):  # S6
         assert torch.equal(*sure)
     once = last(skewed(), x, strategy=strategy, steps=1, temperature=0, generator=seeded()).x
     assert torch.equal(once, skewed()(x).argmax(2))
+
+
+@pytest.mark.parametrize("kind", ["transformer", "autoregressive"])
+def test_who_observes_sees_the_models_probabilities_and_changes_nothing(kind):
+    model, x, seen = build(kind), torch.full((2, 8), 11), []
+    x[0, :3] = 4
+    run = denoise if kind == "transformer" else sampling.write
+    settings = dict(steps=3) if kind == "transformer" else {}
+    plain = list(run(model, x, temperature=0.5, forbid=[2], generator=seeded(), **settings))
+    observed = run(
+        model, x, temperature=0.5, forbid=[2], generator=seeded(), observe=lambda *a: seen.append(a), **settings
+    )
+    before = x
+    for step, same in zip(observed, plain, strict=True):
+        probs, row, at = seen[-1]
+        logits = model(before)[row, at]  # the twin's see only what stands before
+        logits[:, 2] = -math.inf
+        torch.testing.assert_close(probs, logits.softmax(1), rtol=1e-4, atol=1e-6)
+        open_now = (before == 11).nonzero().tolist()
+        here = [[r, t] for r, t in zip(row.tolist(), at.tolist(), strict=True)]
+        assert here == open_now if kind == "transformer" else all(p in open_now for p in here)
+        assert torch.equal(step.x, same.x) and torch.equal(step.confidence, same.confidence)
+        before = step.x
+    assert len(seen) == plain[-1].forwards
 
 
 def test_forbidden_ids_never_come():

@@ -1,6 +1,7 @@
 """Traces: what is shown is what was decoded, open units are the masks, and no text can act in a page or a terminal."""
 
 import json
+import math
 import os
 import random
 import stat
@@ -12,7 +13,7 @@ import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from traces import BLOCK, OPEN, PLAYER, STATES, Trace, clusters, columns, html, plain, render, write
+from traces import BLOCK, EVERY, OPEN, PLAYER, STATES, Trace, Watch, clusters, columns, html, plain, render, write
 
 PIECES = ["स", "त्र", "ी", "क", "्ष", "ि", " ", " है", "ा", "में", "\n", "्", "हि", "न्दी", "\u200d", "\u200c", "a b", "😀"]
 
@@ -254,6 +255,29 @@ def test_the_real_sampler_and_tokenizer():
     assert plain(trace.steps[0]["units"]) == "स्" + BLOCK * int((x == oracle.mask_id).sum())
 
 
+def test_what_the_model_thought_is_kept_for_each_position():
+    torch = pytest.importorskip("torch")
+    probs = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.1, 0.2, 0.3, 0.4], [1.0, 0.0, 0.0, 0.0]])
+    watch = Watch(k=3)
+    assert watch.of(0) == {}
+    watch(probs, torch.tensor([0, 1, 1]), torch.tensor([2, 0, 3]))
+    entropy, likeliest = watch.of(0)[2]
+    assert entropy == pytest.approx(1.5 * math.log(2), abs=1e-3) and likeliest == [[0, 0.5], [1, 0.25], [2, 0.25]]
+    assert list(watch.of(1)) == [0, 3] and watch.of(1)[3] == [0.0, [[0, 1.0]]]  # what cannot be is left out
+    assert [i for i, _ in watch.of(1)[0][1]] == [3, 2, 1]
+
+    final = ids("स", "क", "में")
+    trace = Trace(TOKENIZER, MASK, canvas=[MASK] * 3)
+    top = {i: [1.0, [[final[0], 0.6], [final[1], 0.3]]] for i in range(3)}
+    trace.add(step([[final[0], MASK, MASK]]), top=top)
+    data = json.loads(json.dumps(trace.to_dict()))
+    assert data == trace.to_dict() and data["steps"][1]["top"].keys() == {"0", "1", "2"}
+    assert data["pieces"] == {str(final[0]): "स", str(final[1]): "क"}
+    long = Trace(TOKENIZER, MASK, canvas=[MASK] * (EVERY + 1))
+    long.add(step([[final[0]] + [MASK] * EVERY]), top={i: top[0] for i in range(EVERY + 1)})
+    assert long.steps[1]["top"].keys() == {"0"}  # a long text keeps only what was thought of the decided
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # pages, files, terminals
 
@@ -275,7 +299,7 @@ def test_the_player_needs_nothing_and_writes_text_only():
     assert not regex.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|fetch\(|XMLHttp", player)
     assert not regex.search(r"""(src|href)\s*=|@import|url\(""", player)
     assert regex.findall(r"https?://[^\"]*", player) == ["http://www.w3.org/2000/svg"]
-    assert "default-src 'none'" in player and "prefers-color-scheme: dark" in player and 'lang="hi"' in player
+    assert "default-src 'none'" in player and "light-dark(" in player and 'lang="hi"' in player
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):

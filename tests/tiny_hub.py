@@ -95,12 +95,18 @@ def make(family, folder):
         config = hf.GPT2Config(
             vocab_size=len(tok), n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
         )
+    elif family == "t5":
+        tok = hf.T5Tokenizer(vocab=unigram("<pad>", "</s>", "<unk>"), extra_ids=4)
+        config = hf.T5Config(
+            vocab_size=len(tok) + 3, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=0
+        )
     torch.manual_seed(0)
-    auto = hf.AutoModelForCausalLM if family == "gpt2" else hf.AutoModelForMaskedLM
+    autos = dict(gpt2=hf.AutoModelForCausalLM, t5=hf.AutoModelForSeq2SeqLM)
+    auto = autos.get(family, hf.AutoModelForMaskedLM)
     model = auto.from_config(config).eval()
     with torch.no_grad():  # away from where it starts, so that logits differ
         for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+            p.add_((0.5 if family == "t5" else 0.1) * torch.randn_like(p))
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
     return model, tok
