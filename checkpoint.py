@@ -222,8 +222,11 @@ def load(path, device="cpu", ema=True):
         state, path = (read(path / "best.pt"), path / "best.pt") if (path / "best.pt").is_file() else read_newest(path)
     else:
         state = read(path)
-    denoiser = build(state)
-    denoiser.load_state_dict(state["ema"] if ema and state["ema"] else state["model"])
+    denoiser, weights = build(state), dict(state["ema"] if ema and state["ema"] else state["model"])
+    for name in denoiser.state_dict():
+        if name.endswith(".shares"):  # there were none before value residuals: each layer's own values alone
+            weights.setdefault(name, torch.tensor([1.0, 0.0]))
+    denoiser.load_state_dict(weights)
     tokenizer = tokenizers.from_bytes(state["tokenizer"].numpy().tobytes())
     return Loaded(denoiser.to(device).eval(), tokenizer, state["config"], state["step"], state["kind"], path)
 

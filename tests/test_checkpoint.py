@@ -1,5 +1,6 @@
 """checkpoint.py and resuming: kills, full disks, flipped bytes; what was saved loads, and goes on bit for bit."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import toys
 from conftest import contents, difference, flags, make_data, metrics, train
 
 import checkpoint
@@ -336,6 +338,22 @@ def test_a_malicious_pickle_is_refused_and_has_no_effect(tmp_path, copy, command
     result = command("train_diffusion", *flags(data, copy, "--resume"))
     assert result.code == 0 and "warning" in result.err
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("kind", ["transformer", "eco_hybrid", "autoregressive"])
+def test_a_model_of_before_value_residuals_is_what_it_was(trained, tmp_path, kind):
+    """Without the first layer's values in it, whatever the shares of a new one are."""
+    state, model = checkpoint.read(trained / "best.pt"), toys.build(kind, n_layers=3)
+    weights = {k: v for k, v in model.state_dict().items() if not k.endswith(".shares")}
+    assert len(weights) == len(model.state_dict()) - 2
+    old = dict(kind=kind, model_config=dataclasses.asdict(model.config), model=weights, ema={})
+    checkpoint.save(tmp_path / "old.pt", state | old)
+    for name, p in model.named_parameters():
+        if name.endswith(".shares"):
+            p.data = torch.tensor([1.0, 0.0])
+    x = torch.randint(11, (2, 16), generator=toys.seeded())
+    with torch.no_grad():
+        assert torch.equal(checkpoint.load(tmp_path / "old.pt").denoiser(x), model.eval()(x))
 
 
 def test_files_of_other_projects(tmp_path):
