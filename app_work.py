@@ -490,7 +490,7 @@ def handlers(models, cfg):
             + [f"{h['entropy']:.2f}"]
             for h in holes
         ]
-        view = whole(trace) | dict(clock=0)  # at the holes, not at what fills them
+        view = whole(trace, title=words["hidden"]) | dict(clock=0)  # at the holes, not at what fills them
         return packed(view), table(words["holes"], header, lines)
 
     @guarded

@@ -671,6 +671,7 @@ def test_the_inside_in_a_browser(visit, trained):
         frame.wait_for_function("t => (trace.meta['mask rate'] + '') === t", arg=str(t), polling=100)
         counts.append(frame.evaluate("masks(0)"))
         assert frame.evaluate("player.step") == 0 and frame.inner_text("#n-masks") == str(counts[-1])
+    assert frame.inner_text("h1") == "What is hidden"
     page.wait_for_function("n => document.querySelectorAll('#holes tr').length === n + 1", arg=counts[-1])
     page.click("#settle")
     page.wait_for_function("() => /± /.test(document.querySelector('#bound').textContent)")
