@@ -33,8 +33,8 @@ setup-all: .venv/dev
 
 # an interrupted quickstart goes on where it stopped; a finished one only evaluates and samples again
 quickstart: .venv/core
-	@test -f $(DATA)/meta.json || $(PY) prepare.py --output_dir $(DATA) --vocab_size 1024 --romanized 0.1
-	$(PY) train_diffusion.py --preset tiny --data_dir $(DATA) --output_dir $(RUN) $(if $(wildcard $(RUN)/*.pt),--resume)
+	@test -f $(DATA)/meta.json || $(PY) prepare.py --output_dir $(DATA) --vocab_size 2048 --romanized 0.1
+	$(PY) train_diffusion.py --preset tiny --max_steps 600 --data_dir $(DATA) --output_dir $(RUN) $(if $(wildcard $(RUN)/*.pt),--resume)
 	$(PY) sample_diffusion.py --ckpt $(RUN)/best.pt --prompt "$(PROMPTS)" --temperature 0.6 --no_live
 	@$(PY) sample_diffusion.py --ckpt $(RUN)/best.pt --prompt "एक दिन" --temperature 0.6 --html $(RUN)/replay.html --json $(RUN)/replay.json --no_live > /dev/null
 	$(PY) evaluate.py --ckpt $(RUN)/best.pt --check; code=$$?; $(PY) plot.py $(RUN) && exit $$code
