@@ -7,6 +7,7 @@ Four tabs of Gradio around player.html, in Hindi and English; app_work.py does w
 from outside. Limits are checked on the server: one model computes at a time, the others wait or are refused.
 """
 
+import json
 import os
 import socket
 import threading
@@ -244,7 +245,7 @@ def build(models, cfg):
             spoke.then(do.process, [*asked, lang], [window, holes], api_name=False, show_progress="hidden", **MODEL)
         page.load(do.measured, lang, [frontier, quizzed], api_name="measured", show_progress="hidden")
         page.unload(do.halt)  # who leaves wants no more
-    page.queue(max_size=cfg.queue, default_concurrency_limit=4)
+    page.queue(max_size=cfg.queue, default_concurrency_limit=4, api_open=False)  # nothing goes round the queue
     return page
 
 
@@ -253,7 +254,7 @@ def build(models, cfg):
 
 
 class Guard:
-    """ASGI: bodies beyond BODY and uploads are refused; a page may fetch from this server alone."""
+    """ASGI: bodies beyond BODY, uploads and named files are refused; a page may fetch from this server alone."""
 
     def __init__(self, app):
         self.app = app
@@ -261,16 +262,22 @@ class Guard:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        refuse = PlainTextResponse("refused\n", 413)
         size = dict(scope["headers"]).get(b"content-length", b"0")
         if scope["path"].endswith("/upload") or not size.isdigit() or int(size) > BODY:
-            return await PlainTextResponse("refused\n", 413)(scope, receive, send)
-        got = 0
-
-        async def limited():  # a body without a length
-            nonlocal got
+            return await refuse(scope, receive, send)
+        body, more = b"", scope["method"] == "POST"
+        while more:
             message = await receive()
-            got += len(message.get("body", b""))
-            return {"type": "http.disconnect"} if got > BODY else message
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+            if len(body) > BODY:  # a body without a length
+                return await refuse(scope, receive, send)
+        if names_a_file(body):
+            return await refuse(scope, receive, send)
+        read = [] if scope["method"] != "POST" else [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def again():
+            return read.pop() if read else await receive()
 
         async def with_policy(message):
             if message["type"] == "http.response.start":
@@ -278,7 +285,23 @@ class Guard:
                 message["headers"] = [*message["headers"], (b"content-security-policy", policy)]
             await send(message)
 
-        await self.app(scope, limited, with_policy)
+        await self.app(scope, again, with_policy)
+
+
+def names_a_file(body):
+    """Whether a JSON has a file in it, which gradio would read or fetch from anywhere. No component here takes one."""
+
+    def inside(value):
+        if isinstance(value, dict):
+            return {"path", "meta"} <= value.keys() or any(map(inside, value.values()))
+        return isinstance(value, list) and any(map(inside, value))
+
+    try:
+        return inside(json.loads(body))
+    except ValueError:
+        return False
+    except RecursionError:
+        return True
 
 
 def launch(page, cfg):
@@ -299,7 +322,7 @@ def launch(page, cfg):
     theme = gr.themes.Base(primary_hue="blue", font=fonts, font_mono=mono)  # of the system: none is fetched
     _, url, public = page.launch(
         server_name=host, server_port=cfg.port, share=cfg.share, quiet=True, prevent_thread_lock=True, show_error=True,
-        theme=theme, css=CSS, js=KEYS, ssr_mode=False, footer_links=[], max_file_size=BODY, state_session_capacity=128,
+        theme=theme, css=CSS, js=KEYS, ssr_mode=False, footer_links=[], max_file_size=BODY, state_session_capacity=16,
         app_kwargs=dict(middleware=[Middleware(Guard)]), enable_monitoring=False,
     )  # fmt: skip
     return public or url

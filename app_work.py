@@ -40,6 +40,7 @@ from sampling import STRATEGIES
 HERE = Path(__file__).resolve().parent
 TEXTS = json.loads((HERE / "app_texts.json").read_text(encoding="utf-8"))
 LETTERS, STEPS, REPEATS, TURNS = 8000, 1024, 20, 100  # most of each that a request may ask for
+ROOM = 16  # windows of the model that the canvases of a text with blanks may fill together
 PACE = 0.06  # seconds between two pictures of a text that appears
 CLEAR, GRID = "rgba(0,0,0,0)", "rgba(128,128,128,.25)"
 
@@ -87,6 +88,7 @@ def about(path, device):
         except (OSError, ValueError, AttributeError, TypeError):
             told = {}
     window = told.get("max_seq_len") or told.get("seq_len") or STEPS
+    window = window if isinstance(window, int) else STEPS
     kind = told.get("kind")
     return dict(
         causal=kind in ("autoregressive", "hub_causal", "hub_seq2seq"),
@@ -127,7 +129,7 @@ def guarded(handler):
     def told(e):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return gr.Error(html.escape(one_line(e)[:400]), print_exception=False)
+        return gr.Error(html.escape(one_line(e)[:400], quote=False), print_exception=False)
 
     @functools.wraps(handler)
     def plain(*args, **kwargs):
@@ -358,7 +360,7 @@ def handlers(models, cfg):
     def generate(model, mode, prompt, length, steps, strategy, temperature, top_p, block, remask, seed, kept,
                  request: gr.Request):  # fmt: skip
         halt, how = begin(request), settings(length, steps, strategy, temperature, top_p, block, remask, seed)
-        loaded, prompt, turns = get(model), clean(prompt).strip(), []
+        loaded, prompt, turns, asked = get(model), clean(prompt).strip(), [], []
         tokenizer, mask_id, limit = loaded.tokenizer, loaded.denoiser.mask_id, loaded.denoiser.config.max_seq_len
         if mode == "chat":
             turns = [*(kept or {}).get("turns", [])[-TURNS:], dict(role="user", content=prompt)]
@@ -369,11 +371,15 @@ def handlers(models, cfg):
             check(not blanks or BLANK.search(prompt), "there is no blank in the text: write ___ where one is wanted")
             check(not blanks or not hasattr(loaded.denoiser, "extend"), "an autoregressive model cannot fill blanks")
             rows = canvases(prompt, tokenizer, mask_id, how.max_new_tokens, limit)
+            check(sum(map(len, rows)) <= ROOM * limit, "so many blanks of open length are too much; give some a length")
         for message, trace in run(loaded, rows, how, blanks, prompt, halt):
             if trace and turns:
                 answer = chat.answer([i for i in trace.steps[-1]["tokens"][len(asked) :] if i != mask_id], tokenizer)
                 turns = [*turns, dict(role="assistant", content=answer)]
-            yield message, trace and dict(model=model, how=how, blanks=blanks, trace=trace, turns=turns)
+            yield (
+                message,
+                trace and dict(model=model, how=how, blanks=blanks, trace=trace, turns=turns, asked=len(asked)),
+            )
 
     @guarded
     def again(kept, request: gr.Request, event: gr.EventData):
@@ -390,8 +396,12 @@ def handlers(models, cfg):
         check(mask_id in row, "nothing is marked to be written again")
         how = settings(0, kept["how"].steps, kept["how"].strategy, kept["how"].temperature, kept["how"].top_p, 0,
                        kept["how"].remask, kept["how"].seed + 1)  # fmt: skip
+        turns = kept["turns"]
         for message, trace in run(loaded, [row], how, kept["blanks"], kept["trace"].prompt, halt):
-            yield message, trace and kept | dict(how=how, trace=trace)
+            if trace and turns:  # the talk goes on behind the new answer
+                answer = [i for i in trace.steps[-1]["tokens"][kept["asked"] :] if i != mask_id]
+                turns = [*turns[:-1], dict(role="assistant", content=chat.answer(answer, loaded.tokenizer))]
+            yield message, trace and kept | dict(how=how, trace=trace, turns=turns)
 
     def export(kind):
         @guarded
@@ -435,6 +445,8 @@ def handlers(models, cfg):
                     shown_at = time.perf_counter()
                 if halt():
                     break
+            if halt() and n:  # half a run is not counted
+                return
             for i, m in enumerate(models):
                 last = runs[i].steps[-1]
                 ids, new = race.written(last["tokens"], runs[i].given, m.tokenizer.eos_id, m.denoiser.mask_id)
@@ -442,7 +454,8 @@ def handlers(models, cfg):
                 if judging and not halt():
                     got["judge"] = race.judged(judging, prompt, m.tokenizer.decode(ids))
                 if held[i] is None and not halt():  # with a run of its own, as watching memory takes time
-                    held[i] = race.peak_memory(m.denoiser, lambda start=starts[i]: list(start())) / 2**20
+                    peak = race.peak_memory(m.denoiser, lambda start=starts[i]: any(halt() for _ in start()))
+                    held[i] = None if halt() else peak / 2**20
                 rows[i].append(got | dict(memory=held[i]))
             best = [race.medians(r) for r in rows]
             new = [(l, b["tokens_per_second"], b["judge"]) for l, b in zip(labels, best, strict=True)]
@@ -548,6 +561,7 @@ def handlers(models, cfg):
         there, words = runs_at_hand(), TEXTS[lang if lang in TEXTS else "en"]
         paths = {name: Path(p) for name, p in there.items() if name in (chosen or [])}
         files = [p / n for p in paths.values() for n in ("metrics.jsonl", "eval.json")]
+        files += Path("checkpoints").glob("*/results.csv")
         now = [lang, list(there), *((str(f), f.stat().st_mtime_ns) for f in files if f.is_file())]
         if now == seen:
             return [gr.skip()] * 5
@@ -567,7 +581,10 @@ def handlers(models, cfg):
 
     def experiments():
         for path in sorted(Path("checkpoints").glob("*/results.csv")):
-            lines = list(csv.reader(io.StringIO(path.read_text("utf-8", errors="replace"))))[:101]
+            try:
+                lines = list(csv.reader(io.StringIO(path.read_text("utf-8", errors="replace"))))[:101]
+            except (OSError, csv.Error):
+                continue
             if lines:
                 yield table(str(path), lines[0], lines[1:])
 

@@ -226,7 +226,7 @@ class TrainConfig:
     )
     preset: str = knob(
         "laptop",
-        "sizes to start from, flags override them: tiny 0.9M parameters (1k vocabulary), laptop 17M and base 91M (8k); "
+        "sizes to start from, flags override them: tiny 1.1M parameters (2k vocabulary), laptop 17M and base 91M (8k); "
         "hub: settings to tune a pretrained model",
         ("tiny", "laptop", "base", "hub"),
     )
@@ -384,7 +384,7 @@ class AppConfig:
     )
     port: int = knob(7860, "where the app listens")
     host: str = knob("", "address to bind to; empty is this machine alone, or what GRADIO_SERVER_NAME says")
-    share: bool = knob(False, "a public link through Gradio's servers, for 72 hours")
+    share: bool = knob(False, "a public link through Gradio's servers, for a week at most")
     queue: int = knob(64, "requests that may wait; more are refused")
     device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
 

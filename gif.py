@@ -12,6 +12,7 @@ FAMILIES = ("Noto Sans Devanagari", "Lohit Devanagari", "Nirmala UI", "Kohinoor 
 PAPER, INK, HOLE, NEW, MARK = "#ffffff", "#24211d", "#e6e1d8", "#1f5f99", "#b0306f"
 LOW, MID, HIGH = (249, 176, 103), (248, 230, 189), (220, 235, 246)  # player.html's, of confidence 0, 1/2, 1
 SIZE, WIDTH, EDGE = 26, 720, 24  # pixels
+FRAMES = 60  # at most; of a longer run every second, third, ... step
 
 
 def find_font():
@@ -103,6 +104,7 @@ def save(trace, path):
         raise ValueError("a GIF needs Pillow with libraqm to join letters; install libfribidi (Debian: libfribidi0)")
     font = ImageFont.truetype(find_font(), SIZE, layout_engine=ImageFont.Layout.RAQM)
     steps = trace["steps"]
+    steps = steps[:: -max(1, -(-len(steps) // FRAMES))][::-1]  # the last one always
     if not steps:
         raise ValueError("the trace has no step; there is nothing to draw")
     most = max(len(lines(step["units"], WIDTH - 2 * EDGE, font.getlength)) for step in steps)

@@ -41,6 +41,15 @@ def test_a_picture_a_step_and_a_rest_at_the_end(tmp_path, monkeypatch):
 
 
 @drawable
+def test_of_a_long_run_every_third_step_and_the_last(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(gif, "FRAMES", 4)
+    monkeypatch.setattr(gif, "frame", lambda units, font, height: drawn.append(units) or Image.new("RGB", (9, 9)))
+    gif.save(trace(steps := [[[str(i), "kept", 0.5, [0]]] for i in range(10)]), tmp_path / "a.gif")
+    assert drawn == [steps[i] for i in (0, 3, 6, 9)]
+
+
+@drawable
 def test_conjuncts_are_joined_and_backgrounds_lie_behind_them():
     font = ImageFont.truetype(gif.find_font(), gif.SIZE, layout_engine=ImageFont.Layout.RAQM)
     plain = ImageFont.truetype(gif.find_font(), gif.SIZE, layout_engine=ImageFont.Layout.BASIC)
