@@ -5,7 +5,7 @@
     python benchmark.py length              # EcoHybrid against attention as the window grows, and a plot
     python benchmark.py sample --ckpt DENOISER --twin AUTOREGRESSIVE     # ways of writing: quality against time, a plot
     python benchmark.py inference --ckpt DENOISER       # a sample on this CPU: seconds, in PyTorch, ONNX, int8; a start
-    python benchmark.py speedrun            # seconds of training until Devdas costs 0.98 bits/byte: the record
+    python benchmark.py speedrun            # seconds of training until Devdas costs 0.98 bits/byte
 
 A speed alone says more of the machine than of the code: what is compared takes turns in one process, and medians count.
 """

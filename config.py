@@ -492,10 +492,10 @@ class BenchmarkConfig:
 class SpeedrunConfig:
     """benchmark.py speedrun."""
 
-    record: str = knob("", "which of speedrun.RECORDS; empty is the last, the one that stands")
+    record: str = knob("", "which of speedrun.RECORDS; empty is the last")
     seeds: int = knob(3, "trainings, with seeds --seed, --seed + 1, ..., one after another")
     seed: int = knob(1337, "the first seed")
-    threads: int = knob(2, "CPU threads; the records are those of two")
+    threads: int = knob(2, "CPU threads; what is compared has equally many")
     root: str = knob("checkpoints/speedrun", "where data and runs go; a run of the same name is replaced")
     output: str = knob("", "where the figures go; empty is checkpoints/benchmark_speedrun.json")
 

@@ -1,11 +1,11 @@
 """The race to a bound: how long until Devdas costs 0.98 bits/byte? Started as `python benchmark.py speedrun`.
 
-    python benchmark.py speedrun                        # the record, three seeds
-    python benchmark.py speedrun --record quickstart    # one that was beaten
+    python benchmark.py speedrun                        # the last of RECORDS, three seeds
+    python benchmark.py speedrun --record quickstart    # one of them by name
 
 0.98 is somewhat less than what an interpolated bigram model costs. What may change from record to record: everything
 that makes the model. What may not: the text and its held-out tenth, windows of 128 tokens, and the bound of all of them
-with 16 masks each, taken by the trainer while the clock stands. docs/speedrun.md has the story of each record.
+with 16 masks each, taken by the trainer while the clock stands.
 """
 
 import shutil
@@ -21,7 +21,7 @@ from plot import read_metrics
 GOAL = 0.98  # bits/byte
 FIXED = dict(preset="tiny", seq_len=128, eval_masks=16, eval_windows=0, log_interval=1, keep=0)
 OLD = dict(values="own", max_mask_rate=1.0, lr=4e-3, batch_size=16, grad_accum=1)
-RECORDS = {  # oldest first: name -> the trainer, flags of prepare.py, flags of the trainer
+RECORDS = {  # recipes, oldest first: name -> the trainer, flags of prepare.py, flags of the trainer
     "quickstart": ("variants.py", dict(vocab_size=1024), OLD | dict(max_steps=900, eval_interval=50))
 }
 

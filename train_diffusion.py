@@ -204,6 +204,10 @@ def train(kind, mask, sizes, run, quiet=False):
         state, path = checkpoint.read_newest(out)
         difference = differences(state["config"], config)
         check(not difference, f"{path} belongs to another run: {difference}; use another --output_dir")
+        check(
+            state["model"].keys() == model.state_dict().keys(),
+            f"{path} is of an older version of this model: it still writes and is evaluated; use another --output_dir",
+        )
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)

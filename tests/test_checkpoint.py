@@ -465,6 +465,15 @@ def test_a_resumed_run_refuses_another_configuration(copy, command, data, traine
     assert checkpoint.read(copy / "latest.pt")["step"] == 13
 
 
+def test_a_run_of_an_older_model_is_not_resumed(copy, command, data):
+    state = checkpoint.read(copy / "latest.pt")
+    state["model"] = {k: v for k, v in state["model"].items() if not k.endswith(".shares")}
+    checkpoint.save(copy / "latest.pt", state)
+    before = contents(copy)
+    result = command("train_diffusion", *flags(data, copy, "--resume"))
+    assert result.code == 2 and "older version of this model" in result.error() and contents(copy) == before
+
+
 def test_a_run_begins_with_another_s_averaged_weights(trained, data, tmp_path):
     """At a rate of nothing they stay, bit for bit; block_length and dropout may differ, steps count anew."""
     other = checkpoint.load(trained, ema=True)
