@@ -92,9 +92,6 @@ def suites(epochs):
                          values=dict(values="mixed"), rates=dict(max_mask_rate=0.8),
                          values_rates=dict(values="mixed", max_mask_rate=0.8),
                          values_rates_lr=dict(values="mixed", max_mask_rate=0.8, lr=8e-3),
-                         rates_dropout=dict(max_mask_rate=0.8, dropout=0.1),
-                         values_dropout=dict(values="mixed", dropout=0.1),
-                         values_rates_dropout=dict(values="mixed", max_mask_rate=0.8, dropout=0.1),
                      ).items())],
         "optimizer": [(f"{o}_{lr:g}_decay{w:g}_ema{e:g}", one, dict(optimizer=o, lr=lr, weight_decay=w, ema=e))
                       for (o, lr), w, e in product(peaks, (0.1, 0.0), (0.999, 0.0))],
