@@ -386,11 +386,13 @@ class AppConfig:
     host: str = knob("", "address to bind to; empty is this machine alone, or what GRADIO_SERVER_NAME says")
     share: bool = knob(False, "a public link through Gradio's servers, for a week at most")
     queue: int = knob(64, "requests that may wait; more are refused")
+    time_limit: float = knob(300, "seconds that a request may compute; it then ends as if stopped")
     device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
 
     def __post_init__(self):
         check(0 < self.port < 65536, f"--port is {self.port}, needs to be from 1 to 65535")
         check(self.queue >= 1, f"--queue is {self.queue}, needs to be 1 or more")
+        check(self.time_limit > 0, f"--time_limit is {self.time_limit}, needs to be above 0")
 
 
 @dataclass
