@@ -132,7 +132,7 @@ def guarded(handler):
     def told(e):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return gr.Error(html.escape(one_line(e)[:400], quote=False), title="", print_exception=False)
+        return gr.Error(html.escape(one_line(e)[:400], quote=False), title="⚠", print_exception=False)
 
     @functools.wraps(handler)
     def plain(*args, **kwargs):
@@ -361,7 +361,7 @@ def handlers(models, cfg):
     def begin(request):
         """Whether this request is to stop, a function: a stop was asked for since it came in, or its time is over."""
         came, end = float(request.headers.get(ARRIVED, time.monotonic())), time.monotonic() + cfg.time_limit
-        warn = functools.cache(lambda: gr.Warning(words_of(request)["late"], title=""))  # once
+        warn = functools.cache(lambda: gr.Warning(words_of(request)["late"], title="⚠"))  # once
 
         def stopping():
             if time.monotonic() > end:
