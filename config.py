@@ -491,6 +491,21 @@ class BenchmarkConfig:
 
 
 @dataclass
+class ScalingConfig:
+    """benchmark.py scaling; flags that it does not know go to train_diffusion.py."""
+
+    processes: int = knob(2, "processes of one thread; they share the parts of a step")
+    repeats: int = knob(3, "how often what is compared takes turns, three steps each; medians are reported")
+    vocab_size: int = knob(8192, "real tokens of the random text")
+    output: str = knob("", "where the figures go; empty is checkpoints/benchmark_scaling.json")
+
+    def __post_init__(self):
+        check(self.processes >= 2, f"--processes is {self.processes}, needs to be 2 or more")
+        check(self.repeats >= 1, f"--repeats is {self.repeats}, needs to be 1 or more")
+        check(self.vocab_size >= 260, f"--vocab_size is {self.vocab_size}, the bytes and special tokens need 260")
+
+
+@dataclass
 class SpeedrunConfig:
     """benchmark.py speedrun."""
 

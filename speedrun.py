@@ -20,9 +20,14 @@ from plot import read_metrics
 
 GOAL = 0.98  # bits/byte
 FIXED = dict(preset="tiny", seq_len=128, eval_masks=16, eval_windows=0, log_interval=1, keep=0)
-OLD = dict(values="own", max_mask_rate=1.0, lr=4e-3, batch_size=16, grad_accum=1)
+LARGER = dict(tokenizer="unigram", vocab_size=4096)  # the novel has 2,935
+FAST = dict(lr=8e-3, max_mask_rate=0.8)
+SHALLOW = FAST | dict(n_layers=2, ema=0, eval_interval=10)
 RECORDS = {  # recipes, oldest first: name -> the trainer, flags of prepare.py, flags of the trainer
-    "quickstart": ("variants.py", dict(vocab_size=1024), OLD | dict(max_steps=900, eval_interval=50))
+    "quickstart": ("variants.py", dict(vocab_size=1024), dict(values="own", max_steps=900, eval_interval=50)),
+    "pieces": ("train_diffusion.py", LARGER, FAST | dict(batch_size=8, max_steps=300, eval_interval=20)),
+    "shallow": ("train_eco_hybrid.py", LARGER, SHALLOW | dict(max_steps=180)),
+    "attention": ("train_eco_hybrid.py", LARGER, SHALLOW | dict(attn_every=2, max_steps=150)),
 }
 
 
