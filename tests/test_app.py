@@ -140,6 +140,7 @@ def test_chat_keeps_the_conversation(client, site):
         (dict(seed=2**70), "seed"),
         (dict(prompt="क" * 9000), "characters"),
         (dict(prompt="___999999999999___", mode="fill"), "window"),
+        (dict(prompt="क " * 45 + "___ ख ___", mode="fill"), "So many blanks"),
         (dict(prompt="कोई रिक्त नहीं", mode="fill"), "blank"),
         (dict(prompt="क " * 200, mode="chat"), "question takes"),
         (dict(model="/etc/passwd"), "model|choices"),
@@ -231,6 +232,22 @@ def test_race_reports_both(client, site):
     assert {d["mode"] for d in json.loads(front["plot"])["data"]} == {"markers"}
 
 
+def test_each_repeat_has_its_seed_and_half_a_race_does_not_count(trained, visitor, monkeypatch):
+    monkeypatch.setattr(app_work, "PACE", 0)
+    do = app_work.handlers({"a": str(trained)}, AppConfig(device="cpu"))
+    asked = "a", "a", "राम", 8, 4, "confidence", 0.7, 1, "", 3, [], "en", visitor
+    ends = [json.loads(message) for message, table, *_ in do.run_race(*asked) if isinstance(table, str)]
+    texts = [[side["trace"]["text"] for side in end] for end in ends]
+    assert len(set(map(tuple, texts))) == 3 and all(left == right for left, right in texts)
+    tables = []
+    for _, table, *_ in do.run_race(*asked):
+        if isinstance(table, str):
+            tables.append(table)
+        elif tables:  # the second race has begun
+            do.halt(visitor)
+    assert len(tables) == 1 and "n = 1" in tables[0]
+
+
 def test_inside_and_results_through_the_client(client, site, trained):
     inside = [site.denoiser, "राम बाज़ार में गया था।", 0.5, "token", "linear", 0]
     sent, table = client.predict(*inside, "en", api_name="/process")
@@ -272,7 +289,7 @@ def test_bodies_and_uploads_are_refused(site):
     assert post("/gradio_api/run/measured", json=dict(data=["en"])) >= 400  # nothing goes round the queue
     pieces = (b" " * (1 << 16) for _ in range(40))  # 2.5 MB without a length
     try:
-        assert post("/gradio_api/queue/join", content=pieces) >= 400
+        assert post("/gradio_api/queue/join", content=pieces) == 413
     except httpx.TransportError:
         pass
     headers = httpx.get(site.url).headers
@@ -399,6 +416,15 @@ def test_what_stands_from_before_stays_what_the_model_wrote(visitor, trained):
     assert kept["trace"].steps[0]["tokens"][here] != first.mask_id
 
 
+def test_an_answer_that_is_written_again_takes_the_place_of_the_first(visitor, trained):
+    do = app_work.handlers({"a": str(trained)}, AppConfig(device="cpu"))
+    *_, (_, kept) = do.generate("a", "chat", "क?", *SETTINGS.values(), None, visitor)
+    here = range(kept["asked"], len(kept["trace"].age))
+    *_, (_, after) = do.again(kept, visitor, SimpleNamespace(_data=dict(open=list(here), pin=[])))
+    assert [t["role"] for t in after["turns"]] == ["user", "assistant"]
+    assert after["turns"][0] == kept["turns"][0] and after["turns"][1] != kept["turns"][1]
+
+
 def test_errors_in_the_language_of_the_page(visitor, trained):
     do = app_work.handlers({"a": str(trained)}, AppConfig(device="cpu"))
     ask = lambda mode: list(do.generate("a", mode, "राम", *SETTINGS.values(), None, visitor))  # noqa: E731
@@ -406,6 +432,19 @@ def test_errors_in_the_language_of_the_page(visitor, trained):
         do.speaks(lang, visitor)
         with pytest.raises(gr.Error, match=says):
             ask("fill")
+
+
+def test_no_markup_leaves_as_markup():
+    sent = app_work.packed(dict(text=NASTY), None)
+    assert "<" not in sent and json.loads(sent) == [dict(text=NASTY), None]
+
+    @app_work.guarded
+    def fails():
+        raise ValueError(NASTY)
+
+    with pytest.raises(gr.Error) as e:
+        fails()
+    assert "<" not in e.value.message and "&lt;img src=x" in e.value.message
 
 
 def test_files_of_sessions_do_not_pile_up(visitor, trained, monkeypatch):
@@ -534,6 +573,12 @@ def test_models_of_the_hub_write_race_and_are_looked_into(hub_models, visitor):
     assert "exact" in list(do.settle("gpt2", sentence, 0, "en", visitor))[-1][0]
     with pytest.raises(gr.Error, match="likelihood"):
         list(do.settle("t5", sentence, 0, "en", visitor))
+
+
+def test_slots_are_drawn_without_the_key_that_stands_for_nothing():
+    weights = torch.rand(2, 4, 4)  # heads, slots, nothing and three tokens
+    (panel,) = app_work.heat([(0, "write", weights), (1, "think", weights)], ["क", "ख", "ग"]).data
+    assert panel.z == pytest.approx(weights.mean(0)[:, 1:].numpy()) and list(panel.x) == ["1 क", "2 ख", "3 ग"]
 
 
 def test_only_this_machine_is_served_unless_asked():

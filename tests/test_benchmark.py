@@ -294,6 +294,30 @@ def test_flags_of_length_that_are_refused(capsys, monkeypatch):
         assert code == 2 and flags[0] in err and err.count("\n") == 1
 
 
+def test_scaling_runs_the_same_steps_in_each_way(tmp_path, capsys, monkeypatch):
+    real, commands = benchmark.script_argv, []
+    keep = lambda *args, **more: commands.append(real(*args, **more)) or commands[-1]  # noqa: E731
+    monkeypatch.setattr(benchmark, "script_argv", keep)
+    out = tmp_path / "figures.json"
+    flags = "--d_model 32 --n_layers 1 --n_heads 2 --seq_len 16 --batch_size 2 --vocab_size 300 --repeats 1".split()
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "scaling", *flags, "--output", str(out)])
+    benchmark.main()
+    figures = json.loads(out.read_text())
+    assert [("torch.distributed.run" in c, c[c.index("--grad_accum") + 1]) for c in commands] == [
+        (False, "2"), (False, "2"), (True, "1")]  # fmt: skip
+    rate = {}
+    for way, times in figures["seconds_a_step"].items():  # the first of four steps warms up; 4 rows of 16 tokens each
+        assert len(times) == 3
+        rate[way] = 64 / statistics.median(times)
+    assert figures["tokens_a_second"] == pytest.approx(rate)
+    assert figures["of_threads"] == pytest.approx(rate["2 × 1"] / rate["1 × 2"])
+    assert figures["of_one_times_processes"] == pytest.approx(rate["2 × 1"] / rate["1 × 1"] / 2)
+    assert f"{figures['of_threads']:.1%} of one process of 2 threads" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["benchmark.py", "scaling", "--no_such_flag", "--repeats", "1"])
+    with pytest.raises(RuntimeError, match="no_such_flag"):
+        benchmark.main()
+
+
 def test_an_unknown_benchmark_is_a_wrong_command(capsys, monkeypatch):
     code, _, err = command(capsys, monkeypatch, "nonsense")
     assert code == 2 and "train, prepare, length" in err and err.count("\n") == 1

@@ -6,7 +6,7 @@ import pytest
 
 import benchmark
 import speedrun
-from config import MaskConfig, TrainConfig, TransformerConfig, VariantConfig, parse
+from config import EcoHybridConfig, MaskConfig, TrainConfig, TransformerConfig, VariantConfig, parse
 from machine import script_argv
 
 LINES = [
@@ -31,7 +31,7 @@ def test_a_record_s_flags_exist_and_leave_the_evaluation_alone(name):
     script, of_data, of_run = speedrun.RECORDS[name]
     assert not set(of_run) & set(speedrun.FIXED) and set(of_data) <= {"tokenizer", "vocab_size"}
     argv = script_argv(script, speedrun.FIXED | of_run)[2:]
-    sizes = VariantConfig if script == "variants.py" else TransformerConfig
+    sizes = {"variants.py": VariantConfig, "train_eco_hybrid.py": EcoHybridConfig}.get(script, TransformerConfig)
     _, _, run = parse("", MaskConfig, sizes, TrainConfig, argv=argv)
     assert (run.seq_len, run.eval_masks, run.eval_windows) == (128, 16, 0)
     assert run.eval_interval and run.max_steps % run.eval_interval == 0
