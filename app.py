@@ -38,6 +38,7 @@ except ModuleNotFoundError as e:
 BODY = 1 << 20  # bytes of a request
 HERE = Path(__file__).parent
 MODEL = dict(concurrency_id="model", concurrency_limit=1)  # events that compute, one at a time
+FILES = dict(concurrency_id="files", concurrency_limit=1)
 SENTENCE = "पार्वती ने कहा, मैं कल घर जाऊँगी।"
 EXAMPLES = ["एक दिन", "पार्वती ने कहा", "देवदास ___ चला गया", "mai kal bazaar gaya tha"]
 CSS = """
@@ -94,9 +95,9 @@ def build(models, cfg):
     longest = max(map(do.window, names), default=512)  # a slider ends where the model that is chosen does, see do.fit
     denoisers = [n for n in names if n not in twins] or names
     judges = [n for n in twins if do.judges(n)]
-    # what is chosen at first: a whole one, and one that writes on before one that was tuned to answer
+    # what is chosen at first, and loaded now: a whole one, and one that writes on before one that was tuned to answer
     first, second, judge_first = (
-        next(filter(do.loads, sorted(those, key=lambda n: do.tasks(n) == "chat")), None)
+        next(filter(do.loads, sorted(those, key=lambda n: do.tasks(n) == "chat")), those[0] if those else None)
         for those in (denoisers, twins or names, judges)
     )
     task = do.tasks(first)
@@ -152,7 +153,7 @@ def build(models, cfg):
         model.input(do.tasks, model, mode, api_name=False).then(do.orders, mode, [strategy, forget], api_name=False)
         gr.on([model.input, page.load], do.fit, [model, length, steps], [length, steps], api_name=False)
         for kind, button in zip(("html", "json", "gif"), buttons, strict=True):
-            button.click(do.export(kind), [kept], file, api_name=f"export_{kind}", concurrency_limit=1)
+            button.click(do.export(kind), [kept], file, api_name=f"export_{kind}", **FILES)
 
         with say(gr.Tab, dict(label="tab_race"), id="race"):
             say(gr.Markdown, dict(value="race_note"))
@@ -231,7 +232,7 @@ def build(models, cfg):
         shown_anew = dict(inputs=[runs, seen, lang], outputs=shown_results, show_progress="hidden")
         gr.Timer(3).tick(do.results, **shown_anew, api_name="results", queue=False)
         gr.on([runs.input, lang.change], do.results, **shown_anew, api_name=False)
-        reporting.click(do.make_report, runs, [report_file, framed], api_name="report")
+        reporting.click(do.make_report, runs, [report_file, framed], api_name="report", **FILES)
 
         def translate(lang):
             check(lang in TEXTS, "there is no such language")
@@ -251,7 +252,9 @@ def build(models, cfg):
             spoke.then(do.process, [*asked, lang], [window, holes], api_name=False, show_progress="hidden", **MODEL)
         page.load(do.measured, lang, [frontier, quizzed], api_name="measured", show_progress="hidden")
         page.unload(do.halt)  # who leaves wants no more
-    page.queue(max_size=cfg.queue, default_concurrency_limit=4, api_open=False)  # nothing goes round the queue
+    page.queue(
+        max_size=cfg.queue, default_concurrency_limit=4, api_open=False
+    )  # what computes does not go round the queue
     return page
 
 
@@ -269,9 +272,9 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         refuse = PlainTextResponse("refused\n", 413)
-        sent = {k: v for k, v in scope["headers"] if k != ARRIVED.encode()}
-        scope["headers"] = [*sent.items(), (ARRIVED.encode(), str(time.monotonic()).encode())]
-        size = sent.get(b"content-length", b"0")
+        sent = [(k, v) for k, v in scope["headers"] if k != ARRIVED.encode()]
+        scope["headers"] = [*sent, (ARRIVED.encode(), str(time.monotonic()).encode())]
+        size = dict(sent).get(b"content-length", b"0")
         if scope["path"].endswith("/upload") or not size.isdigit() or int(size) > BODY:
             return await refuse(scope, receive, send)
         body, more = b"", scope["method"] == "POST"
@@ -313,10 +316,11 @@ def names_a_file(body):
 
 
 def launch(page, cfg):
-    """Start serving; returns the address. Raises RuntimeError if the port is taken."""
-    host = (cfg.host or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")).strip("[]")
+    """Start serving; returns the address. RuntimeError: the port is taken; ValueError: no address of this machine."""
+    host = (cfg.host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1").strip("[]")
     try:
-        family, *_, address = socket.getaddrinfo(host, cfg.port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, cfg.port, type=socket.SOCK_STREAM)
+        family, *_, address = min(found, key=lambda f: f[0] != socket.AF_INET)
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)

@@ -7,13 +7,16 @@ time yields it. Every failure of a request becomes one line on the page.
 """
 
 import csv
+import dataclasses
 import functools
 import hashlib
 import html
 import inspect
 import io
 import json
+import os
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -299,7 +302,7 @@ class Recent(dict):
         self.pop(key, None)
         self[key] = value
         while len(self) > 1000:
-            self.pop(next(iter(self)))
+            self.pop(next(iter(self)), None)
 
 
 def handlers(models, cfg):
@@ -334,7 +337,8 @@ def handlers(models, cfg):
         """Whether a model is whole."""
         try:
             return bool(get(name))
-        except Exception:
+        except Exception as e:
+            print(f"warning: {name} cannot be used: {one_line(e)}", file=sys.stderr)
             return False
 
     facts = {name: about(path, cfg.device) for name, path in models.items()}
@@ -386,6 +390,7 @@ def handlers(models, cfg):
             shutil.rmtree(old, ignore_errors=True)
         folder = Path(saved.name) / hashlib.sha256(request.session_hash.encode()).hexdigest()
         folder.mkdir(exist_ok=True)
+        os.utime(folder)
         return folder
 
     # --- generate
@@ -466,14 +471,15 @@ def handlers(models, cfg):
     def run_race(left, right, prompt, length, steps, strategy, temperature, seed, judge, repeats, points, lang,
                  request: gr.Request):  # fmt: skip
         halt, words = begin(request), TEXTS[lang]
-        check(1 <= int(repeats) <= REPEATS, f"{int(repeats)} repeats are not from 1 to {REPEATS}")
+        first = settings(length, steps, strategy, temperature, 1, 0, 0, seed)
+        check(1 <= int(repeats or 0) <= REPEATS, f"{repeats} repeats are not from 1 to {REPEATS}")
         models, prompt = [get(left, words), get(right, words)], clean(prompt, words)
         judging = get(judge, words) if judge else None
         check(not BLANK.search(prompt), words["race_blank"])
         labels = [f"{name} ({words[side]})" for name, side in ((left, "left"), (right, "right"))]
         rows, held = [[], []], [None, None]
         for n in range(int(repeats)):
-            how = settings(length, steps, strategy, temperature, 1, 0, 0, int(seed) + n)
+            how = dataclasses.replace(first, seed=first.seed + n)
             starts, runs, seen = [], [], [[], []]
             for name, m in zip((left, right), models, strict=True):
                 mask_id, limit = m.denoiser.mask_id, m.denoiser.config.max_seq_len
@@ -539,6 +545,7 @@ def handlers(models, cfg):
     def process(name, text, t, unit, schedule, seed, lang):
         words, (loaded, x0) = TEXTS[lang], sentence_of(name, text, TEXTS[lang])
         check(not hasattr(loaded.denoiser, "extend"), words["no_holes"])
+        t, seed = t or 0, seed or 0  # a field that was emptied
         check(0 <= float(t) <= 1 and schedule in ("linear", "cosine"), "the time is not from 0 to 1")
         rate, x_t, _ = inside.hidden(x0, loaded.tokenizer, loaded.denoiser.mask_id, float(t), schedule, unit == "span",
                                      int(seed))  # fmt: skip
@@ -556,7 +563,7 @@ def handlers(models, cfg):
     def settle(name, text, seed, lang, request: gr.Request):
         halt, words, (loaded, x0) = begin(request), TEXTS[lang], sentence_of(name, text, TEXTS[lang])
         found, drawn_at = [], 0.0
-        for masks, bits, error in inside.settling(loaded, x0, seed=int(seed)):
+        for masks, bits, error in inside.settling(loaded, x0, seed=int(seed or 0)):
             found.append((masks, bits, error))
             if halt():
                 break
@@ -577,7 +584,7 @@ def handlers(models, cfg):
         loaded, x0 = sentence_of(name, text, words_of(request))
         x_t = x0
         if not hasattr(loaded.denoiser, "extend"):
-            args = loaded.tokenizer, loaded.denoiser.mask_id, float(t), schedule, unit == "span", int(seed)
+            args = loaded.tokenizer, loaded.denoiser.mask_id, float(t or 0), schedule, unit == "span", int(seed or 0)
             x_t = inside.hidden(x0, *args)[1]
         text = lambda i: loaded.tokenizer.token_bytes(i).decode(errors="replace") or traces.BLOCK  # noqa: E731
         return heat(inside.looks(loaded.denoiser, x_t), [text(i) for i in x_t[0].tolist()])
@@ -602,6 +609,7 @@ def handlers(models, cfg):
         front = gr.update(value=figure(spoken(drawn, words)), visible=True) if drawn else gr.update(visible=False)
         return front, question_bars(there, words)
 
+    @guarded
     def results(chosen, seen, lang):
         """Tables and curves of the runs, where a file of theirs has changed."""
         there, words = runs_at_hand(), TEXTS[lang if lang in TEXTS else "en"]

@@ -308,10 +308,14 @@ def scaling(argv):
                 flags = steady | dict(
                     grad_accum=P // processes, threads=threads
                 )  # P parts a step, whoever computes them
-                command = [*script_argv("train_diffusion.py", flags, processes=processes), *trainer]
+                command = script_argv("train_diffusion.py", flags, processes=processes)
+                at = command.index("--data_dir")
+                command[at:at] = trainer  # before ours, which count
                 done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
+                said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
                 if done.returncode:
-                    raise RuntimeError(f"{shlex.join(command)}: {done.stderr.strip().splitlines()[-1]}")
+                    failure = ValueError if done.returncode == 2 else RuntimeError
+                    raise failure(f"{shlex.join(command)} ended with {done.returncode}: {''.join(said[:1])}")
                 lines = [line for line in plot.read_metrics(f"{folder}/run") if "loss" in line]
                 clock = [line["seconds"]["training"] for line in lines]
                 seconds.setdefault(f"{processes} × {threads}", []).extend(np.diff(clock).tolist())

@@ -22,7 +22,13 @@ LINES = [
 
 def test_the_clock_stops_at_the_first_validation_within_the_goal():
     assert speedrun.reached(LINES) == (3.25, 3, 0.98)  # without the 80 seconds of validation
+    below = [
+        *LINES[:4],
+        LINES[4] | dict(bits_per_byte=0.978),
+    ]  # two thirds of the way from 0.981 to 0.978 were too much
+    assert speedrun.reached(below) == (pytest.approx(2.5 + 0.75 / 3), 3, 0.978)
     assert speedrun.reached(LINES[:4]) is None
+    assert speedrun.reached([LINES[0], dict(step=1, bits_per_byte=0.9, seconds=dict(validation=1.0))]) == (1.5, 1, 0.9)
     assert speedrun.reached([dict(step=1, bits_per_byte=None, seconds=dict(validation=1.0))]) is None
 
 
