@@ -7,10 +7,14 @@ Four tabs of Gradio around player.html, in Hindi and English; app_work.py does w
 from outside. Limits are checked on the server: one model computes at a time, the others wait or are refused.
 """
 
+import errno
 import json
 import os
+import signal
 import socket
+import sys
 import threading
+import time
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -27,13 +31,14 @@ try:
     from starlette.responses import PlainTextResponse
 
     import app_work
-    from app_work import LETTERS, REPEATS, TEXTS, packed
+    from app_work import ARRIVED, LETTERS, REPEATS, TEXTS, packed
 except ModuleNotFoundError as e:
     gr, missing = None, e.name
 
 BODY = 1 << 20  # bytes of a request
 HERE = Path(__file__).parent
 MODEL = dict(concurrency_id="model", concurrency_limit=1)  # events that compute, one at a time
+FILES = dict(concurrency_id="files", concurrency_limit=1)
 SENTENCE = "पार्वती ने कहा, मैं कल घर जाऊँगी।"
 EXAMPLES = ["एक दिन", "पार्वती ने कहा", "देवदास ___ चला गया", "mai kal bazaar gaya tha"]
 CSS = """
@@ -90,9 +95,10 @@ def build(models, cfg):
     longest = max(map(do.window, names), default=512)  # a slider ends where the model that is chosen does, see do.fit
     denoisers = [n for n in names if n not in twins] or names
     judges = [n for n in twins if do.judges(n)]
-    # what is chosen at first: a model that writes on, before one that was tuned to answer
+    # what is chosen at first, and loaded now: a whole one, and one that writes on before one that was tuned to answer
     first, second, judge_first = (
-        min(those, key=lambda n: do.tasks(n) == "chat", default=None) for those in (denoisers, twins or names, judges)
+        next(filter(do.loads, sorted(those, key=lambda n: do.tasks(n) == "chat")), those[0] if those else None)
+        for those in (denoisers, twins or names, judges)
     )
     task = do.tasks(first)
     order, _ = do.orders(task)
@@ -147,7 +153,7 @@ def build(models, cfg):
         model.input(do.tasks, model, mode, api_name=False).then(do.orders, mode, [strategy, forget], api_name=False)
         gr.on([model.input, page.load], do.fit, [model, length, steps], [length, steps], api_name=False)
         for kind, button in zip(("html", "json", "gif"), buttons, strict=True):
-            button.click(do.export(kind), [kept], file, api_name=f"export_{kind}")
+            button.click(do.export(kind), [kept], file, api_name=f"export_{kind}", **FILES)
 
         with say(gr.Tab, dict(label="tab_race"), id="race"):
             say(gr.Markdown, dict(value="race_note"))
@@ -224,9 +230,9 @@ def build(models, cfg):
                              js_on_load=FRAME, elem_id="framed")  # fmt: skip
         shown_results = [runs, tables, validation, loss, seen]
         shown_anew = dict(inputs=[runs, seen, lang], outputs=shown_results, show_progress="hidden")
-        gr.Timer(3).tick(do.results, **shown_anew, api_name="results")
+        gr.Timer(3).tick(do.results, **shown_anew, api_name="results", queue=False)
         gr.on([runs.input, lang.change], do.results, **shown_anew, api_name=False)
-        reporting.click(do.make_report, runs, [report_file, framed], api_name="report")
+        reporting.click(do.make_report, runs, [report_file, framed], api_name="report", **FILES)
 
         def translate(lang):
             check(lang in TEXTS, "there is no such language")
@@ -239,13 +245,16 @@ def build(models, cfg):
 
         outputs = [*(c for c, _ in spoken), frontier, quizzed]
         lang.change(translate, lang, outputs, api_name=False, show_progress="hidden", queue=False)
+        lang.change(do.speaks, lang, api_name=False, show_progress="hidden", queue=False)
         lang.change(None, lang, js="l => { document.documentElement.lang = l }")
         spoke = page.load(first_language, None, lang, api_name=False, queue=False)
         if models:
             spoke.then(do.process, [*asked, lang], [window, holes], api_name=False, show_progress="hidden", **MODEL)
         page.load(do.measured, lang, [frontier, quizzed], api_name="measured", show_progress="hidden")
         page.unload(do.halt)  # who leaves wants no more
-    page.queue(max_size=cfg.queue, default_concurrency_limit=4, api_open=False)  # nothing goes round the queue
+    page.queue(
+        max_size=cfg.queue, default_concurrency_limit=4, api_open=False
+    )  # what computes does not go round the queue
     return page
 
 
@@ -263,7 +272,9 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         refuse = PlainTextResponse("refused\n", 413)
-        size = dict(scope["headers"]).get(b"content-length", b"0")
+        sent = [(k, v) for k, v in scope["headers"] if k != ARRIVED.encode()]
+        scope["headers"] = [*sent, (ARRIVED.encode(), str(time.monotonic()).encode())]
+        size = dict(sent).get(b"content-length", b"0")
         if scope["path"].endswith("/upload") or not size.isdigit() or int(size) > BODY:
             return await refuse(scope, receive, send)
         body, more = b"", scope["method"] == "POST"
@@ -305,30 +316,36 @@ def names_a_file(body):
 
 
 def launch(page, cfg):
-    """Start serving; returns the address. Raises RuntimeError if the port is taken."""
-    host = cfg.host or os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, cfg.port))
-        except PermissionError:
-            raise
-        except OSError as e:
-            raise RuntimeError(f"cannot listen on {host}:{cfg.port} ({e.strerror}); --port takes another") from e
+    """Start serving; returns the address. RuntimeError: the port is taken; ValueError: no address of this machine."""
+    host = (cfg.host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1").strip("[]")
+    try:
+        found = socket.getaddrinfo(host, cfg.port, type=socket.SOCK_STREAM)
+        family, *_, address = min(found, key=lambda f: f[0] != socket.AF_INET)
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except PermissionError:
+        raise
+    except (OSError, UnicodeError) as e:
+        if isinstance(e, (socket.gaierror, UnicodeError)) or e.errno == errno.EADDRNOTAVAIL:
+            raise ValueError(f"--host {host} is no address of this machine") from e
+        raise RuntimeError(f"cannot listen on {host}:{cfg.port} ({e.strerror}); --port takes another") from e
     fonts = [
         gr.themes.Font(f) for f in ("Noto Sans", "Noto Sans Devanagari", "Lohit Devanagari", "system-ui", "sans-serif")
     ]
     mono = [gr.themes.Font("ui-monospace"), gr.themes.Font("monospace")]
     theme = gr.themes.Base(primary_hue="blue", font=fonts, font_mono=mono)  # of the system: none is fetched
     _, url, public = page.launch(
-        server_name=host, server_port=cfg.port, share=cfg.share, quiet=True, prevent_thread_lock=True, show_error=True,
-        theme=theme, css=CSS, js=KEYS, ssr_mode=False, footer_links=[], max_file_size=BODY, state_session_capacity=16,
-        app_kwargs=dict(middleware=[Middleware(Guard)]), enable_monitoring=False,
+        server_name=f"[{host}]" if ":" in host else host, server_port=cfg.port, share=cfg.share, quiet=True,
+        prevent_thread_lock=True, show_error=True, theme=theme, css=CSS, js=KEYS, ssr_mode=False, footer_links=[],
+        max_file_size=BODY, state_session_capacity=16, app_kwargs=dict(middleware=[Middleware(Guard)]),
+        enable_monitoring=False,
     )  # fmt: skip
     return public or url
 
 
 def main():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # in good order: temporary files go
     (cfg,) = parse(__doc__, AppConfig)
     check(gr is not None, f"the app needs gradio and plotly, {missing if gr is None else ''} is missing: "
           "pip install -r requirements-app.txt")  # fmt: skip

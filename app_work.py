@@ -7,12 +7,16 @@ time yields it. Every failure of a request becomes one line on the page.
 """
 
 import csv
+import dataclasses
 import functools
 import hashlib
 import html
 import inspect
 import io
 import json
+import os
+import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -41,6 +45,8 @@ HERE = Path(__file__).resolve().parent
 TEXTS = json.loads((HERE / "app_texts.json").read_text(encoding="utf-8"))
 LETTERS, STEPS, REPEATS, TURNS = 8000, 1024, 20, 100  # most of each that a request may ask for
 ROOM = 16  # windows of the model that the canvases of a text with blanks may fill together
+FOLDERS = 50  # of sessions whose files are kept
+ARRIVED = "x-nanohindi-arrived"  # header with the time.monotonic() of a request, set by the server alone
 PACE = 0.06  # seconds between two pictures of a text that appears
 CLEAR, GRID = "rgba(0,0,0,0)", "rgba(128,128,128,.25)"
 
@@ -103,10 +109,10 @@ def read_model(path, device, changed):
     return checkpoint.load(path, pick_device(device))
 
 
-def clean(text):
+def clean(text, words):
     """Any string as text that UTF-8 can hold, within the server's limit."""
     check(isinstance(text, str), f"the text is a {type(text).__name__}")
-    check(len(text) <= LETTERS, f"the text has {len(text)} characters, the app takes {LETTERS}")
+    check(len(text) <= LETTERS, words["long_text"].format(len(text), LETTERS))
     return text.encode(errors="replace").decode()
 
 
@@ -129,7 +135,7 @@ def guarded(handler):
     def told(e):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        return gr.Error(html.escape(one_line(e)[:400], quote=False), print_exception=False)
+        return gr.Error(html.escape(one_line(e)[:400], quote=False), title="⚠", print_exception=False)
 
     @functools.wraps(handler)
     def plain(*args, **kwargs):
@@ -153,7 +159,9 @@ def guarded(handler):
 
 
 def settings(length, steps, strategy, temperature, top_p, block, remask, seed):
-    """What a page sends → a SampleConfig. Raises ValueError for what is no number or out of range."""
+    """What a page sends → a SampleConfig. Raises ValueError for what is empty, no number or out of range."""
+    empty = [name for name, value in locals().items() if value is None]
+    check(not empty, f"no number: {', '.join(empty)}")
     try:
         whole = dict(max_new_tokens=int(length), steps=int(steps), block_length=int(block), seed=int(seed))
         part = dict(temperature=float(temperature), top_p=float(top_p), remask=float(remask))
@@ -165,14 +173,15 @@ def settings(length, steps, strategy, temperature, top_p, block, remask, seed):
     return SampleConfig(strategy=strategy, **whole, **part)
 
 
-def appear(loaded, rows, cfg, blanks=False, prompt="", halt=lambda: False):
-    """Fill canvases (lists of ids), which compete: yields the Trace of the surest one so far, after each step."""
+def appear(loaded, rows, cfg, blanks=False, prompt="", halt=lambda: False, earlier=None):
+    """Fill canvases (lists of ids), which compete: yields the Trace of the surest one so far, after each step.
+    earlier: see traces.Trace."""
     tokenizer, mask_id = loaded.tokenizer, loaded.denoiser.mask_id
     x, lengths = right_padded(rows, tokenizer.pad_id, next(loaded.denoiser.parameters()).device)
     choosing = {} if hasattr(loaded.denoiser, "extend") else dict(steps=cfg.steps, strategy=cfg.strategy)
     name = loaded.path.parent.name if loaded.path.suffix else str(loaded.path)
     meta = dict(model=name, **choosing, temperature=cfg.temperature, seed=cfg.seed)
-    watch, all_traces = traces.Watch(), [traces.Trace(tokenizer, mask_id, prompt, meta, row) for row in rows]
+    watch, all_traces = traces.Watch(), [traces.Trace(tokenizer, mask_id, prompt, meta, row, earlier) for row in rows]
     open_at_first, log_p = (x == mask_id).sum(1).clamp(min=1), torch.zeros(len(x))
     steps, clock = decoding(loaded, x, lengths, cfg, blanks, watch), 0.0
     while not halt():
@@ -286,9 +295,20 @@ def spoken_table(table, words):
 # handlers
 
 
+class Recent(dict):
+    """The last thousand things that were put; sessions that were left are forgotten."""
+
+    def put(self, key, value):
+        self.pop(key, None)
+        self[key] = value
+        while len(self) > 1000:
+            self.pop(next(iter(self)), None)
+
+
 def handlers(models, cfg):
     """What the page's events call, for models {name: path}: a namespace of functions."""
-    halted = {}  # session -> whether its run is to stop
+    halted = Recent()  # session -> when it last asked to stop
+    tongues = Recent()  # session -> its language
     saved = tempfile.TemporaryDirectory(prefix="nanohindi_")  # goes with the process
 
     def folders():
@@ -306,12 +326,20 @@ def handlers(models, cfg):
     def judges(name):
         return facts[name]["judges"]
 
-    def get(name):
-        check(models, TEXTS["en"]["nothing"])
-        check(name in models, "there is no such model")
+    def get(name, words=TEXTS["en"]):
+        check(models, words["nothing"])
+        check(name in models, words["no_model"])
         path = models[name]
         file = file_of(path)
         return read_model(path, cfg.device, file and file.stat().st_mtime_ns)
+
+    def loads(name):
+        """Whether a model is whole."""
+        try:
+            return bool(get(name))
+        except Exception as e:
+            print(f"warning: {name} cannot be used: {one_line(e)}", file=sys.stderr)
+            return False
 
     facts = {name: about(path, cfg.device) for name, path in models.items()}
 
@@ -335,32 +363,55 @@ def handlers(models, cfg):
         return SampleConfig(chat=mode == "chat").strategy, gr.update(visible=mode == "chat")
 
     def begin(request):
-        halted[request.session_hash] = False
-        while len(halted) > 1000:  # sessions that were left
-            halted.pop(next(iter(halted)))
-        return lambda: halted.get(request.session_hash, False)
+        """Whether this request is to stop, a function: a stop was asked for since it came in, or its time is over."""
+        came, end = float(request.headers.get(ARRIVED, time.monotonic())), time.monotonic() + cfg.time_limit
+        warn = functools.cache(lambda: gr.Warning(words_of(request)["late"], title="⚠"))  # once
+
+        def stopping():
+            if time.monotonic() > end:
+                warn()
+            return halted.get(request.session_hash, 0) > came or time.monotonic() > end
+
+        return stopping
 
     def halt(request: gr.Request):
-        halted[request.session_hash] = True
+        halted.put(request.session_hash, time.monotonic())
+
+    def speaks(lang, request: gr.Request):
+        tongues.put(request.session_hash, lang if lang in TEXTS else "en")
+
+    def words_of(request):
+        return TEXTS[tongues.get(request.session_hash, "en")]
+
+    def folder_of(request):
+        """Where the files of a session are made; gradio takes a copy. The last ones are kept, until the app ends."""
+        made = sorted(Path(saved.name).iterdir(), key=lambda f: f.stat().st_mtime)
+        for old in made[:-FOLDERS]:
+            shutil.rmtree(old, ignore_errors=True)
+        folder = Path(saved.name) / hashlib.sha256(request.session_hash.encode()).hexdigest()
+        folder.mkdir(exist_ok=True)
+        os.utime(folder)
+        return folder
 
     # --- generate
 
-    def run(loaded, rows, how, blanks, prompt, halt):
+    def run(loaded, rows, how, blanks, prompt, halt, earlier=None):
         """Yields messages for the stage, and at last (message, the trace, ids)."""
         shown_at, trace, run = 0.0, None, time.time_ns() % 2**40
-        for trace in appear(loaded, rows, how, blanks, prompt, halt):
+        for trace in appear(loaded, rows, how, blanks, prompt, halt, earlier):
             if time.perf_counter() - shown_at > PACE:
                 yield packed(live(trace, run)), None
                 shown_at = time.perf_counter()
         if trace is None:  # stopped before the first step
-            trace = traces.Trace(loaded.tokenizer, loaded.denoiser.mask_id, prompt, canvas=rows[0])
+            trace = traces.Trace(loaded.tokenizer, loaded.denoiser.mask_id, prompt, canvas=rows[0], earlier=earlier)
         yield packed(whole(trace, edit=True)), trace
 
     @guarded
     def generate(model, mode, prompt, length, steps, strategy, temperature, top_p, block, remask, seed, kept,
                  request: gr.Request):  # fmt: skip
         halt, how = begin(request), settings(length, steps, strategy, temperature, top_p, block, remask, seed)
-        loaded, prompt, turns, asked = get(model), clean(prompt).strip(), [], []
+        words = words_of(request)
+        loaded, prompt, turns, asked = get(model, words), clean(prompt, words).strip(), [], []
         tokenizer, mask_id, limit = loaded.tokenizer, loaded.denoiser.mask_id, loaded.denoiser.config.max_seq_len
         if mode == "chat":
             turns = [*(kept or {}).get("turns", [])[-TURNS:], dict(role="user", content=prompt)]
@@ -368,10 +419,10 @@ def handlers(models, cfg):
             rows, blanks = [asked + [mask_id] * how.max_new_tokens], False
         else:
             blanks = mode == "fill" or bool(BLANK.search(prompt))
-            check(not blanks or BLANK.search(prompt), "there is no blank in the text: write ___ where one is wanted")
-            check(not blanks or not hasattr(loaded.denoiser, "extend"), "an autoregressive model cannot fill blanks")
+            check(not blanks or BLANK.search(prompt), words["no_blank"])
+            check(not blanks or not hasattr(loaded.denoiser, "extend"), words["only_on"])
             rows = canvases(prompt, tokenizer, mask_id, how.max_new_tokens, limit)
-            check(sum(map(len, rows)) <= ROOM * limit, "so many blanks of open length are too much; give some a length")
+            check(sum(map(len, rows)) <= ROOM * limit, words["many_blanks"])
         for message, trace in run(loaded, rows, how, blanks, prompt, halt):
             if trace and turns:
                 answer = chat.answer([i for i in trace.steps[-1]["tokens"][len(asked) :] if i != mask_id], tokenizer)
@@ -384,20 +435,21 @@ def handlers(models, cfg):
     @guarded
     def again(kept, request: gr.Request, event: gr.EventData):
         """Write anew what was marked: the reopened words alone or, where words are pinned, all that were not given."""
-        check(kept, TEXTS["en"]["nothing_yet"])
-        halt, loaded, trace = begin(request), get(kept["model"]), kept["trace"]
-        tokens, mask_id = trace.steps[-1]["tokens"], loaded.denoiser.mask_id
+        words = words_of(request)
+        check(kept, words["nothing_yet"])
+        halt, loaded, earlier = begin(request), get(kept["model"], words), kept["trace"]
+        tokens, mask_id = earlier.steps[-1]["tokens"], loaded.denoiser.mask_id
         opened, pinned = ({int(i) for i in event._data.get(k, [])} for k in ("open", "pin"))
-        check(not hasattr(loaded.denoiser, "extend"), "an autoregressive model cannot write in the middle")
+        check(not hasattr(loaded.denoiser, "extend"), words["only_on"])
         check(all(0 <= i < len(tokens) for i in opened | pinned), "a place that was marked is not in the text")
         if pinned:
-            opened |= set(range(len(tokens))) - trace.given - pinned
+            opened |= set(range(len(tokens))) - earlier.given - pinned
         row = [mask_id if i in opened else t for i, t in enumerate(tokens)]
-        check(mask_id in row, "nothing is marked to be written again")
+        check(mask_id in row, words["unmarked"])
         how = settings(0, kept["how"].steps, kept["how"].strategy, kept["how"].temperature, kept["how"].top_p, 0,
                        kept["how"].remask, kept["how"].seed + 1)  # fmt: skip
         turns = kept["turns"]
-        for message, trace in run(loaded, [row], how, kept["blanks"], kept["trace"].prompt, halt):
+        for message, trace in run(loaded, [row], how, kept["blanks"], earlier.prompt, halt, earlier):
             if trace and turns:  # the talk goes on behind the new answer
                 answer = [i for i in trace.steps[-1]["tokens"][kept["asked"] :] if i != mask_id]
                 turns = [*turns[:-1], dict(role="assistant", content=chat.answer(answer, loaded.tokenizer))]
@@ -406,10 +458,8 @@ def handlers(models, cfg):
     def export(kind):
         @guarded
         def save(kept, request: gr.Request):
-            check(kept, TEXTS["en"]["nothing_yet"])
-            folder = Path(saved.name) / hashlib.sha256(request.session_hash.encode()).hexdigest()
-            folder.mkdir(exist_ok=True)
-            path, trace = folder / f"nanohindi.{kind}", kept["trace"]
+            check(kept, words_of(request)["nothing_yet"])
+            path, trace = folder_of(request) / f"nanohindi.{kind}", kept["trace"]
             {"html": trace.save_html, "json": trace.save, "gif": lambda p: gif.save(trace.to_dict(), p)}[kind](path)
             return gr.update(value=str(path), visible=True)
 
@@ -421,13 +471,15 @@ def handlers(models, cfg):
     def run_race(left, right, prompt, length, steps, strategy, temperature, seed, judge, repeats, points, lang,
                  request: gr.Request):  # fmt: skip
         halt, words = begin(request), TEXTS[lang]
-        check(1 <= int(repeats) <= REPEATS, f"{int(repeats)} repeats are not from 1 to {REPEATS}")
-        models, prompt, judging = [get(left), get(right)], clean(prompt), get(judge) if judge else None
-        check(not BLANK.search(prompt), "a race continues a text: leave blanks out")
+        first = settings(length, steps, strategy, temperature, 1, 0, 0, seed)
+        check(1 <= int(repeats or 0) <= REPEATS, f"{repeats} repeats are not from 1 to {REPEATS}")
+        models, prompt = [get(left, words), get(right, words)], clean(prompt, words)
+        judging = get(judge, words) if judge else None
+        check(not BLANK.search(prompt), words["race_blank"])
         labels = [f"{name} ({words[side]})" for name, side in ((left, "left"), (right, "right"))]
         rows, held = [[], []], [None, None]
         for n in range(int(repeats)):
-            how = settings(length, steps, strategy, temperature, 1, 0, 0, int(seed) + n)
+            how = dataclasses.replace(first, seed=first.seed + n)
             starts, runs, seen = [], [], [[], []]
             for name, m in zip((left, right), models, strict=True):
                 mask_id, limit = m.denoiser.mask_id, m.denoiser.config.max_seq_len
@@ -483,16 +535,17 @@ def handlers(models, cfg):
 
     # --- inside
 
-    def sentence_of(name, text):
-        loaded, text = get(name), clean(text)
+    def sentence_of(name, text, words):
+        loaded, text = get(name, words), clean(text, words)
         ids, limit = loaded.tokenizer.encode(text), loaded.denoiser.config.max_seq_len
-        check(0 < len(ids) <= limit, f"the sentence has {len(ids)} tokens, the model reads 1 to {limit}")
+        check(0 < len(ids) <= limit, words["long_sentence"].format(len(ids), limit))
         return loaded, torch.tensor([ids], device=next(loaded.denoiser.parameters()).device)  # (1, T)
 
     @guarded
     def process(name, text, t, unit, schedule, seed, lang):
-        words, (loaded, x0) = TEXTS[lang], sentence_of(name, text)
-        check(not hasattr(loaded.denoiser, "extend"), "an autoregressive model has no holes; choose a denoiser")
+        words, (loaded, x0) = TEXTS[lang], sentence_of(name, text, TEXTS[lang])
+        check(not hasattr(loaded.denoiser, "extend"), words["no_holes"])
+        t, seed = t or 0, seed or 0  # a field that was emptied
         check(0 <= float(t) <= 1 and schedule in ("linear", "cosine"), "the time is not from 0 to 1")
         rate, x_t, _ = inside.hidden(x0, loaded.tokenizer, loaded.denoiser.mask_id, float(t), schedule, unit == "span",
                                      int(seed))  # fmt: skip
@@ -508,9 +561,9 @@ def handlers(models, cfg):
 
     @guarded
     def settle(name, text, seed, lang, request: gr.Request):
-        halt, words, (loaded, x0) = begin(request), TEXTS[lang], sentence_of(name, text)
+        halt, words, (loaded, x0) = begin(request), TEXTS[lang], sentence_of(name, text, TEXTS[lang])
         found, drawn_at = [], 0.0
-        for masks, bits, error in inside.settling(loaded, x0, seed=int(seed)):
+        for masks, bits, error in inside.settling(loaded, x0, seed=int(seed or 0)):
             found.append((masks, bits, error))
             if halt():
                 break
@@ -527,11 +580,11 @@ def handlers(models, cfg):
         return text, figure(report.chart(words["bound"], words["masks"], words["bound"], line))
 
     @guarded
-    def look(name, text, t, unit, schedule, seed):
-        loaded, x0 = sentence_of(name, text)
+    def look(name, text, t, unit, schedule, seed, request: gr.Request):
+        loaded, x0 = sentence_of(name, text, words_of(request))
         x_t = x0
         if not hasattr(loaded.denoiser, "extend"):
-            args = loaded.tokenizer, loaded.denoiser.mask_id, float(t), schedule, unit == "span", int(seed)
+            args = loaded.tokenizer, loaded.denoiser.mask_id, float(t or 0), schedule, unit == "span", int(seed or 0)
             x_t = inside.hidden(x0, *args)[1]
         text = lambda i: loaded.tokenizer.token_bytes(i).decode(errors="replace") or traces.BLOCK  # noqa: E731
         return heat(inside.looks(loaded.denoiser, x_t), [text(i) for i in x_t[0].tolist()])
@@ -556,6 +609,7 @@ def handlers(models, cfg):
         front = gr.update(value=figure(spoken(drawn, words)), visible=True) if drawn else gr.update(visible=False)
         return front, question_bars(there, words)
 
+    @guarded
     def results(chosen, seen, lang):
         """Tables and curves of the runs, where a file of theirs has changed."""
         there, words = runs_at_hand(), TEXTS[lang if lang in TEXTS else "en"]
@@ -589,10 +643,10 @@ def handlers(models, cfg):
                 yield table(str(path), lines[0], lines[1:])
 
     @guarded
-    def make_report(chosen):
+    def make_report(chosen, request: gr.Request):
         paths = [p for name, p in runs_at_hand().items() if name in (chosen or [])]
-        check(paths, "choose a run")
-        path, page = Path(saved.name) / "report.html", report.to_page(*compare.parts(compare.read_runs(paths)))
+        check(paths, words_of(request)["no_run"])
+        path, page = folder_of(request) / "report.html", report.to_page(*compare.parts(compare.read_runs(paths)))
         path.write_text(page, encoding="utf-8", errors="replace")
         return gr.update(value=str(path), visible=True), page
 

@@ -1,6 +1,7 @@
 """Speeds as ratios measured in one run, printed as a table and written as one JSON.
 
     python benchmark.py train               # the training loop against the plainest correct loop of the same model
+    python benchmark.py scaling             # the loop in several processes against one, on a CPU's cores
     python benchmark.py prepare             # prepare.py: MB/s, and whether its memory grows with the corpus
     python benchmark.py length              # EcoHybrid against attention as the window grows, and a plot
     python benchmark.py sample --ckpt DENOISER --twin AUTOREGRESSIVE     # ways of writing: quality against time, a plot
@@ -24,6 +25,8 @@ import multiprocessing
 import os
 import platform
 import re
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,6 +45,7 @@ import diffusion
 import export
 import frontier
 import optimizer
+import plot
 import prepare as preparing
 import sampling
 import speedrun
@@ -52,10 +56,13 @@ from config import (
     EcoHybridConfig,
     FrontierConfig,
     InferenceConfig,
+    Parser,
     PrepareConfig,
+    ScalingConfig,
     SpeedrunConfig,
     TrainConfig,
     TransformerConfig,
+    add_flags,
     check,
     parse,
     run_main,
@@ -278,6 +285,49 @@ def train(argv):
               f"share {share[name]:.1%}{note}")  # fmt: skip
     print("\nwhere a step goes: " + ", ".join(f"{k} {v / sum(parts.values()):.1%}" for k, v in parts.items()))
     return cfg, figures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# scaling
+
+
+def scaling(argv):
+    """P processes of one thread, one process of P threads, and one of one thread: the same steps, taking turns."""
+    parser = Parser(__doc__)
+    add_flags(parser, [ScalingConfig])
+    own, trainer = parser.parse_known_args(argv)  # what is left goes to train_diffusion.py
+    cfg = ScalingConfig(**{k: v for k, v in vars(own).items() if k != "debug"})
+    P, seconds = cfg.processes, {}
+    with tempfile.TemporaryDirectory() as folder:
+        random_data(Path(folder), cfg.vocab_size, 1 << 18)
+        steady = dict(data_dir=folder, output_dir=f"{folder}/run", max_steps=4, log_interval=1, sample_interval=0,
+                      eval_interval=0, eval_windows=1, eval_masks=1, keep=0, device="cpu")  # fmt: skip
+        for _ in range(cfg.repeats):
+            for processes, threads in ((1, 1), (1, P), (P, 1)):
+                shutil.rmtree(f"{folder}/run", ignore_errors=True)
+                flags = steady | dict(
+                    grad_accum=P // processes, threads=threads
+                )  # P parts a step, whoever computes them
+                command = script_argv("train_diffusion.py", flags, processes=processes)
+                at = command.index("--data_dir")
+                command[at:at] = trainer  # before ours, which count
+                done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
+                said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+                if done.returncode:
+                    failure = ValueError if done.returncode == 2 else RuntimeError
+                    raise failure(f"{shlex.join(command)} ended with {done.returncode}: {''.join(said[:1])}")
+                lines = [line for line in plot.read_metrics(f"{folder}/run") if "loss" in line]
+                clock = [line["seconds"]["training"] for line in lines]
+                seconds.setdefault(f"{processes} × {threads}", []).extend(np.diff(clock).tolist())
+    rate = {way: lines[0]["tokens"] / statistics.median(times) for way, times in seconds.items()}
+    one, threaded, parallel = rate.values()
+    print(f"{'processes × threads':<24}{'tokens/s':>12}{'s a step: from, to':>24}")
+    for way, times in seconds.items():
+        print(f"{way:<24}{rate[way]:>12,.0f}{f'{min(times):.3f}, {max(times):.3f}':>24}")
+    print(f"\n{P} processes reach {parallel / threaded:.1%} of one process of {P} threads, "
+          f"{parallel / one / P:.1%} of {P} times one thread")  # fmt: skip
+    return cfg, dict(machine=machine(torch.device("cpu")), flags=trainer, seconds_a_step=seconds, tokens_a_second=rate,
+                     of_threads=parallel / threaded, of_one_times_processes=parallel / one / P)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -749,7 +799,7 @@ def race(argv):
 
 # argv -> config, figures, what failed if it can
 BENCHMARKS = {"train": train, "prepare": prepare, "length": length, "sample": sample, "inference": inference}
-BENCHMARKS |= {"speedrun": race}
+BENCHMARKS |= {"speedrun": race, "scaling": scaling}
 DRAWINGS = {"length": draw_lengths, "sample": frontier.draw}
 
 

@@ -386,11 +386,13 @@ class AppConfig:
     host: str = knob("", "address to bind to; empty is this machine alone, or what GRADIO_SERVER_NAME says")
     share: bool = knob(False, "a public link through Gradio's servers, for a week at most")
     queue: int = knob(64, "requests that may wait; more are refused")
+    time_limit: float = knob(300, "seconds that a request may compute; it then ends as if stopped")
     device: str = knob("auto", "cpu, cuda, cuda:1, mps; auto takes what is there")
 
     def __post_init__(self):
         check(0 < self.port < 65536, f"--port is {self.port}, needs to be from 1 to 65535")
         check(self.queue >= 1, f"--queue is {self.queue}, needs to be 1 or more")
+        check(self.time_limit > 0, f"--time_limit is {self.time_limit}, needs to be above 0")
 
 
 @dataclass
@@ -485,6 +487,21 @@ class BenchmarkConfig:
             all(n.strip().isdecimal() and int(n) > 1 for n in self.lengths.split(",")),
             f"--lengths is {self.lengths!r}, needs numbers from 2 on between commas",
         )
+        check(self.vocab_size >= 260, f"--vocab_size is {self.vocab_size}, the bytes and special tokens need 260")
+
+
+@dataclass
+class ScalingConfig:
+    """benchmark.py scaling; flags that it does not know go to train_diffusion.py."""
+
+    processes: int = knob(2, "processes of one thread; they share the parts of a step")
+    repeats: int = knob(3, "how often what is compared takes turns, three steps each; medians are reported")
+    vocab_size: int = knob(8192, "real tokens of the random text")
+    output: str = knob("", "where the figures go; empty is checkpoints/benchmark_scaling.json")
+
+    def __post_init__(self):
+        check(self.processes >= 2, f"--processes is {self.processes}, needs to be 2 or more")
+        check(self.repeats >= 1, f"--repeats is {self.repeats}, needs to be 1 or more")
         check(self.vocab_size >= 260, f"--vocab_size is {self.vocab_size}, the bytes and special tokens need 260")
 
 

@@ -20,8 +20,8 @@ import re
 import shlex
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 
 import chat
 import checkpoint
@@ -223,7 +223,8 @@ def save(loaded, cfg):
         texts["eval.json"] = json.dumps(result | {"checkpoint": checkpoint.WEIGHTS}, indent=1, ensure_ascii=False)
 
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.replace(folder / checkpoint.WEIGHTS, lambda t: save_file(weights, t, {"format": "pt"}))
+    packed = safetensors.torch.save(weights, {"format": "pt"})  # its save_file would let nobody else read the file
+    checkpoint.replace(folder / checkpoint.WEIGHTS, lambda t: t.write_bytes(packed))
     checkpoint.replace(folder / checkpoint.TOKENIZER, lambda t: t.write_bytes(loaded.tokenizer.to_bytes()))
     about = dict(
         format=1,

@@ -62,10 +62,16 @@ def total_memory(device):
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def script_argv(script, flags, *paths):
+def torchrun(processes):
+    """What stands between Python and a script so that so many processes train together."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+
+
+def script_argv(script, flags, *paths, processes=1):
     """Command line of a script of ours. flags: True is a switch; what is False or '' is left out."""
     given = [[f"--{k}"] if v is True else [f"--{k}", str(v)] for k, v in flags.items() if v is not False and v != ""]
-    return [sys.executable, str(Path(__file__).parent / script), *map(str, paths), *sum(given, [])]
+    script = str(Path(__file__).parent / script)
+    return [sys.executable, *torchrun(processes), script, *map(str, paths), *sum(given, [])]
 
 
 def child_environment(**more):

@@ -41,7 +41,7 @@ import train_diffusion
 from checkpoint import MODELS, replace
 from config import ExperimentsConfig, MaskConfig, Parser, PrepareConfig, TrainConfig, add_flags, check, parse, run_main
 from crossover import plus_minus
-from machine import child_environment, script_argv
+from machine import child_environment, script_argv, torchrun
 from optimizer import make_optimizers
 from plot import read_metrics
 
@@ -453,8 +453,7 @@ def line(run, cfg, threads):
     if cfg.launcher == "torchrun":
         parts, rest = divmod(run.run.grad_accum, cfg.processes)
         check(not rest, f"--grad_accum {run.run.grad_accum} cannot be shared by --processes {cfg.processes}")
-        elastic = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(cfg.processes)]
-        train = [train[0], *elastic, *train[1:], "--grad_accum", str(parts)]  # the last one counts
+        train = [train[0], *torchrun(cfg.processes), *train[1:], "--grad_accum", str(parts)]  # the last one counts
     there = f"ls {shlex.quote(str(run.out))}/*.pt > /dev/null 2>&1"
     prefix = f"GOMP_SPINCOUNT=30000 OMP_NUM_THREADS={threads}"
     text = f"{prefix} {shlex.join(train)} $({there} && echo --resume) && {prefix} {shlex.join(score)}"

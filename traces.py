@@ -130,16 +130,17 @@ class Watch:
 
 class Trace:
     """Collects the steps of one row. `canvas` is the row before the first step; where it is not given, it is the first
-    step with the positions put back that this step revealed."""
+    step with the positions put back that this step revealed. `earlier` is the trace that `canvas` reopened some
+    positions of: what the model wrote there and what still stands is no prompt now."""
 
-    def __init__(self, tokenizer, mask_id, prompt="", meta=None, canvas=None):
+    def __init__(self, tokenizer, mask_id, prompt="", meta=None, canvas=None, earlier=None):
         self.tokenizer, self.mask_id = tokenizer, mask_id
         self.prompt = prompt.encode(errors="replace").decode()  # a command line can carry lone surrogates
         self.meta = dict(meta or {})
         self.steps, self.pieces = [], {}
         self.start = time.perf_counter()
         if canvas is not None:
-            self._append(listed(canvas), None, 0, 0.0)
+            self._append(listed(canvas), None, 0, 0.0, earlier=earlier)
 
     def add(self, step, row=0, seconds=None, length=None, top=None):
         """seconds since the start, now by default; length: where the row is right-padded, its own; top: Watch.of."""
@@ -153,12 +154,19 @@ class Trace:
             return  # the canvas a second time, or a row that was complete while others of its batch go on
         self._append(tokens, confidence, int(step.forwards), seconds, top)
 
-    def _append(self, tokens, confidence, forwards, seconds, top=None):
+    def _append(self, tokens, confidence, forwards, seconds, top=None, earlier=None):
         k, mask = len(self.steps), self.mask_id
         confidence = [round(c, 4) if math.isfinite(c) else 0.0 for c in confidence or [0.0] * len(tokens)]
         if k == 0:
             self.given = {i for i, t in enumerate(tokens) if t != mask}
             self.age, self.sure = [0] * len(tokens), [None] * len(tokens)
+            if earlier:
+                stands = self.given - earlier.given
+                self.given &= earlier.given
+                for i in stands:
+                    self.sure[i] = earlier.sure[i]
+                then = {i: earlier.steps[earlier.age[i]].get("top", {}).get(str(i)) for i in stands}
+                top = {i: seen for i, seen in then.items() if seen}
         before = self.steps[-1]["tokens"] if k else tokens
         assert len(tokens) == len(before), f"step {k} has {len(tokens)} positions, the canvas has {len(before)}"
         revealed = [i for i, t in enumerate(tokens) if t != mask and t != before[i]]  # a redrawn token is new too
@@ -174,11 +182,13 @@ class Trace:
             state = "prompt" if latest in self.given else "new" if k and self.age[latest] == k else "kept"
             return [text, state, self.sure[latest], where]
 
-        units = [unit(*u) for u in clusters(tokens, self.tokenizer, mask, self.age)]
+        known = {u[3][0]: u for u in self.units}  # what has not changed is the same object: T steps of T units are many
+        units = [known[u[3][0]] if u == known.get(u[3][0]) else u
+                 for u in (unit(*u) for u in clusters(tokens, self.tokenizer, mask, self.age))]  # fmt: skip
         self.steps.append({"tokens": tokens, "revealed": revealed, "remasked": remasked, "confidence": confidence,
                            "forwards": forwards, "seconds": seconds, "units": units})  # fmt: skip
         if top:
-            wanted = set(revealed) if len(tokens) > EVERY else top
+            wanted = set(revealed) if k and len(tokens) > EVERY else top
             self.steps[-1]["top"] = {str(i): top[i] for i in top if i in wanted}
             for i in {i for _, likeliest in self.steps[-1]["top"].values() for i, _ in likeliest}:
                 self.pieces[str(i)] = self.tokenizer.token_bytes(i).decode(errors="replace")

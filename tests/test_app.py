@@ -8,7 +8,11 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +66,12 @@ def twin(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("app") / "twin"
     train(data, out, "--seq_len", 128, "--max_steps", 4, kind="autoregressive")
     return out
+
+
+@pytest.fixture
+def visitor():
+    """Stands for gr.Request."""
+    return SimpleNamespace(session_hash="one", headers={})
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +140,7 @@ def test_chat_keeps_the_conversation(client, site):
         (dict(seed=2**70), "seed"),
         (dict(prompt="क" * 9000), "characters"),
         (dict(prompt="___999999999999___", mode="fill"), "window"),
+        (dict(prompt="क " * 45 + "___ ख ___", mode="fill"), "So many blanks"),
         (dict(prompt="कोई रिक्त नहीं", mode="fill"), "blank"),
         (dict(prompt="क " * 200, mode="chat"), "question takes"),
         (dict(model="/etc/passwd"), "model|choices"),
@@ -160,13 +171,14 @@ def test_settings_are_checked_even_without_gradio(more):
         app_work.settings(**SETTINGS | more)
 
 
-def post(site, number, data, session):
-    """One event over plain HTTP: how it ended, and its data."""
+def post(site, number, data, session, waits=lambda: None):
+    """One event over plain HTTP: how it ended, and its data. waits() is called once it is in the queue."""
     body = json.dumps(dict(data=data, fn_index=number, session_hash=session))  # ASCII: a lone surrogate goes as \\udXXX
-    kind = {"content-type": "application/json"}
+    kind = {"content-type": "application/json", app_work.ARRIVED: "1e18"}  # the second is not believed
     joined = httpx.post(f"{site.url}/gradio_api/queue/join", content=body, headers=kind, timeout=120)
     if joined.status_code != 200:
         return "refused", joined.text
+    waits()
     where = dict(url=f"{site.url}/gradio_api/queue/data", params=dict(session_hash=session), timeout=120)
     with httpx.stream("GET", **where) as events:
         for line in events.iter_lines():
@@ -221,6 +233,22 @@ def test_race_reports_both(client, site):
     assert {d["mode"] for d in json.loads(front["plot"])["data"]} == {"markers"}
 
 
+def test_each_repeat_has_its_seed_and_half_a_race_does_not_count(trained, visitor, monkeypatch):
+    monkeypatch.setattr(app_work, "PACE", 0)
+    do = app_work.handlers({"a": str(trained)}, AppConfig(device="cpu"))
+    asked = "a", "a", "राम", 8, 4, "confidence", 0.7, 1, "", 3, [], "en", visitor
+    ends = [json.loads(message) for message, table, *_ in do.run_race(*asked) if isinstance(table, str)]
+    texts = [[side["trace"]["text"] for side in end] for end in ends]
+    assert len(set(map(tuple, texts))) == 3 and all(left == right for left, right in texts)
+    tables = []
+    for _, table, *_ in do.run_race(*asked):
+        if isinstance(table, str):
+            tables.append(table)
+        elif tables:  # the second race has begun
+            do.halt(visitor)
+    assert len(tables) == 1 and "n = 1" in tables[0]
+
+
 def test_inside_and_results_through_the_client(client, site, trained):
     inside = [site.denoiser, "राम बाज़ार में गया था।", 0.5, "token", "linear", 0]
     sent, table = client.predict(*inside, "en", api_name="/process")
@@ -233,7 +261,7 @@ def test_inside_and_results_through_the_client(client, site, trained):
     assert [d["type"] for d in layers["data"]] == ["heatmap"] * 2
     _, tables, validation, loss = client.predict([site.denoiser], "en", api_name="/results")
     assert "<h2>Runs</h2>" in tables and json.loads(validation["plot"])["data"][0]["y"]
-    with pytest.raises(AppError, match="choose"):
+    with pytest.raises(AppError, match="Choose"):
         client.predict([], api_name="/report")
 
 
@@ -262,11 +290,34 @@ def test_bodies_and_uploads_are_refused(site):
     assert post("/gradio_api/run/measured", json=dict(data=["en"])) >= 400  # nothing goes round the queue
     pieces = (b" " * (1 << 16) for _ in range(40))  # 2.5 MB without a length
     try:
-        assert post("/gradio_api/queue/join", content=pieces) >= 400
+        assert post("/gradio_api/queue/join", content=pieces) == 413
     except httpx.TransportError:
         pass
     headers = httpx.get(site.url).headers
     assert headers["content-security-policy"].startswith("default-src 'self'")
+
+
+def test_stop_reaches_what_waits_in_the_queue(site, number, monkeypatch):
+    real, began, go = app_work.decoding, threading.Event(), threading.Event()
+
+    def held(*args, **kwargs):
+        began.set()
+        go.wait(60)
+        yield from real(*args, **kwargs)
+
+    monkeypatch.setattr(app_work, "decoding", held)
+    data = [site.denoiser, "continue", "राम", *SETTINGS.values(), None]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        runs = [pool.submit(post, site, number, data, "runs")]
+        assert began.wait(60)
+        joined = threading.Event()
+        runs.append(pool.submit(post, site, number, data, "waits", joined.set))
+        assert joined.wait(60)
+        sent = dict(data=[], session_hash="waits")
+        assert httpx.post(f"{site.url}/gradio_api/run/stop", json=sent).status_code == 200
+        go.set()
+        ran, waited = (json.loads(run.result()[1]["data"][0])[0]["trace"]["steps"] for run in runs)
+    assert len(ran) == 7 and len(waited) == 1
 
 
 def memory():
@@ -316,6 +367,98 @@ def test_a_taken_port_a_damaged_checkpoint_and_wrong_flags(command, tmp_path, tr
     assert result.code == 1 and "damaged" in result.error()
     for wrong in (["--port", "0"], ["--port", "70000"], ["--queue", "0"], ["--ckpt", tmp_path / "none.pt"]):
         assert command("app", *wrong).code == 2, wrong
+
+
+def test_a_damaged_run_is_not_what_the_page_begins_with(trained, twin, tmp_path):
+    for n, run in enumerate((trained, twin)):
+        shutil.copytree(run, tmp_path / f"broken{n}")
+        (tmp_path / f"broken{n}" / "best.pt").write_bytes(b"torn")
+    models = app_work.labelled([tmp_path / "broken0", tmp_path / "broken1", trained, twin])
+    page = app.build(models, AppConfig(device="cpu"))
+    chosen = [c["props"]["value"] for c in page.config["components"] if c["type"] == "dropdown"]
+    assert {v for v in chosen if isinstance(v, str) and v in models} == {trained.name, twin.name}
+
+
+def test_a_stop_counts_for_what_came_before_it_and_time_ends(visitor, trained, monkeypatch):
+    do = app_work.handlers({"a": str(trained)}, AppConfig(device="cpu"))
+    asked = "a", "continue", "राम", *SETTINGS.values(), None
+    written = lambda do: list(do.generate(*asked, visitor))[-1][1]["trace"].steps  # noqa: E731
+    visitor.headers = {app_work.ARRIVED: str(time.monotonic())}  # it waited, and was stopped meanwhile
+    do.halt(visitor)
+    assert len(written(do)) == 1
+    visitor.headers = {app_work.ARRIVED: str(time.monotonic())}
+    assert len(written(do)) == 7
+    told = []
+    monkeypatch.setattr(gr, "Warning", lambda message, **_: told.append(message))
+    assert len(written(app_work.handlers({"a": str(trained)}, AppConfig(device="cpu", time_limit=1e-9)))) == 1
+    assert told == [app.TEXTS["en"]["late"]]
+    recent = app_work.Recent()
+    for n in range(1002):
+        recent.put(n % 1001, n)
+    assert len(recent) == 1000 and recent[0] == 1001 and 1 not in recent
+
+
+def test_what_stands_from_before_stays_what_the_model_wrote(visitor, trained):
+    do = app_work.handlers({"a": str(trained)}, AppConfig(device="cpu"))
+    *_, (_, kept) = do.generate("a", "continue", "राम", *SETTINGS.values(), None, visitor)
+    first, given = kept["trace"], set(kept["trace"].given)
+    opened, sure, tokens = set(range(len(first.age))) - given, first.sure, first.steps[-1]["tokens"]
+    assert given and len(opened) == 12
+    here = sorted(opened)[5]
+    for _ in "ab":  # the second time as the first
+        *_, (message, kept) = do.again(kept, visitor, SimpleNamespace(_data=dict(open=[here], pin=[])))
+        trace, step = kept["trace"], json.loads(message)[0]["trace"]["steps"][0]
+        assert trace.given == given and [i for i in opened if trace.sure[i] != sure[i]] in ([], [here])
+        assert {i for _, state, _, where in step["units"] for i in where if state == "prompt"} <= given
+        assert step["top"].keys() == {str(i) for i in opened - {here}}
+        for i in opened - {here}:  # of the step that decided it
+            likeliest = {t: p for t, p in step["top"][str(i)][1]}
+            assert likeliest.get(tokens[i], sure[i]) == pytest.approx(sure[i], abs=2e-4)
+    *_, (_, kept) = do.again(kept, visitor, SimpleNamespace(_data=dict(open=[], pin=[here])))
+    assert set(kept["trace"].steps[0]["tokens"][i] for i in opened - {here}) == {first.mask_id}
+    assert kept["trace"].steps[0]["tokens"][here] != first.mask_id
+
+
+def test_an_answer_that_is_written_again_takes_the_place_of_the_first(visitor, trained):
+    do = app_work.handlers({"a": str(trained)}, AppConfig(device="cpu"))
+    *_, (_, kept) = do.generate("a", "chat", "क?", *SETTINGS.values(), None, visitor)
+    here = range(kept["asked"], len(kept["trace"].age))
+    *_, (_, after) = do.again(kept, visitor, SimpleNamespace(_data=dict(open=list(here), pin=[])))
+    assert [t["role"] for t in after["turns"]] == ["user", "assistant"]
+    assert after["turns"][0] == kept["turns"][0] and after["turns"][1] != kept["turns"][1]
+
+
+def test_errors_in_the_language_of_the_page(visitor, trained):
+    do = app_work.handlers({"a": str(trained)}, AppConfig(device="cpu"))
+    ask = lambda mode: list(do.generate("a", mode, "राम", *SETTINGS.values(), None, visitor))  # noqa: E731
+    for lang, says in (("en", "no blank"), ("hi", "रिक्त स्थान"), ("xx", "no blank")):
+        do.speaks(lang, visitor)
+        with pytest.raises(gr.Error, match=says):
+            ask("fill")
+
+
+def test_no_markup_leaves_as_markup():
+    sent = app_work.packed(dict(text=NASTY), None)
+    assert "<" not in sent and json.loads(sent) == [dict(text=NASTY), None]
+
+    @app_work.guarded
+    def fails():
+        raise ValueError(NASTY)
+
+    with pytest.raises(gr.Error) as e:
+        fails()
+    assert "<" not in e.value.message and "&lt;img src=x" in e.value.message
+
+
+def test_files_of_sessions_do_not_pile_up(visitor, trained, monkeypatch):
+    do = app_work.handlers({"a": str(trained)}, AppConfig(device="cpu"))
+    *_, (_, kept) = do.generate("a", "continue", "राम", *SETTINGS.values(), None, visitor)
+    monkeypatch.setattr(app_work, "FOLDERS", 3)
+    made = []
+    for n in range(6):
+        made.append(do.export("json")(kept, SimpleNamespace(session_hash=f"../{n}", headers={}))["value"])
+        os.utime(Path(made[-1]).parent, (n, n))
+    assert [Path(p).exists() for p in made] == [False, False, True, True, True, True]
 
 
 def test_without_a_model_it_says_how_to_get_one(elsewhere):
@@ -373,7 +516,7 @@ def test_what_was_measured_is_drawn(elsewhere, trained):
     assert [u["visible"] for u in do.measured("en")] == [False, True]
 
 
-def test_results_in_both_languages_and_runs_that_begin_later(elsewhere, trained):
+def test_results_in_both_languages_and_runs_that_begin_later(elsewhere, trained, visitor):
     shutil.copytree(trained, elsewhere / "checkpoints" / "a")
     do = app_work.handlers({}, AppConfig(device="cpu"))
     choices, tables, validation, loss, seen = do.results(["a"], None, "en")
@@ -393,7 +536,7 @@ def test_results_in_both_languages_and_runs_that_begin_later(elsewhere, trained)
     (late / "metrics.jsonl").open("a").write('{"step": 2, "loss": 2.5, "bits_per_byte": 4.0}\n')
     *_, validation, loss, seen = do.results(["late"], seen, "hi")
     assert len(loss.data[0].y) == 2
-    _, page = do.make_report(["a", "late"])
+    _, page = do.make_report(["a", "late"], visitor)
     assert "2 runs" in page and "<h2>Paired differences</h2>" in page
     terms = {t.title for t in compare.tables(*grouped([trained]))} | {*compare.COLUMNS, *compare.NOTES.values()}
     assert terms <= app.TEXTS["hi"]["results"].keys()
@@ -414,8 +557,8 @@ def hub_models(tmp_path_factory):
     return {f: f"hub:{folder / f}" for f in families}
 
 
-def test_models_of_the_hub_write_race_and_are_looked_into(hub_models):
-    do, visitor = app_work.handlers(hub_models, AppConfig(device="cpu")), SimpleNamespace(session_hash="one")
+def test_models_of_the_hub_write_race_and_are_looked_into(hub_models, visitor):
+    do = app_work.handlers(hub_models, AppConfig(device="cpu"))
     assert [do.causal(n) for n in hub_models] == [False, True, True]
     assert [do.judges(n) for n in hub_models] == [False, True, False]
     *_, (message, kept) = do.generate("bert", "fill", "राम ___3___ था।", *SETTINGS.values(), None, visitor)
@@ -429,10 +572,16 @@ def test_models_of_the_hub_write_race_and_are_looked_into(hub_models):
         rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)][1:]
         assert len(rows) == 2 and all(float(v.replace(",", "")) > 0 for row in rows for v in row[1:])
     sentence = "राम बाज़ार में गया था।"
-    assert len(do.look("bert", sentence, 0.5, "token", "linear", 0).data) == 2
+    assert len(do.look("bert", sentence, 0.5, "token", "linear", 0, visitor).data) == 2
     assert "exact" in list(do.settle("gpt2", sentence, 0, "en", visitor))[-1][0]
     with pytest.raises(gr.Error, match="likelihood"):
         list(do.settle("t5", sentence, 0, "en", visitor))
+
+
+def test_slots_are_drawn_without_the_key_that_stands_for_nothing():
+    weights = torch.rand(2, 4, 4)  # heads, slots, nothing and three tokens
+    (panel,) = app_work.heat([(0, "write", weights), (1, "think", weights)], ["क", "ख", "ग"]).data
+    assert panel.z == pytest.approx(weights.mean(0)[:, 1:].numpy()) and list(panel.x) == ["1 क", "2 ख", "3 ग"]
 
 
 def test_only_this_machine_is_served_unless_asked():
@@ -445,18 +594,42 @@ def test_only_this_machine_is_served_unless_asked():
     assert app.launch(page, AppConfig(port=free_port())) == "http://here"
     assert page.asked["server_name"] == "127.0.0.1" and page.asked["share"] is False
     assert app.launch(page, AppConfig(port=free_port(), share=True)) == "https://there"
+    interfaces = Path("/proc/net/if_inet6")
+    if interfaces.exists() and "0" * 31 + "1" in interfaces.read_text():
+        app.launch(page, AppConfig(port=free_port(), host="::1"))
+        assert page.asked["server_name"] == "[::1]"
+    for wrong in ("203.0.113.7", "no.such.name.invalid", "a b", "é" * 70):
+        with pytest.raises(ValueError, match="no address"):
+            app.launch(page, AppConfig(port=free_port(), host=wrong))
     readme = (ROOT / "README.md").read_text("utf-8")
     assert "python app.py --share" in readme and "app_file: app.py" in readme
 
 
+def listening(out, alive):
+    end = time.monotonic() + 120
+    while "http://127.0.0.1" not in (out.read_text("utf-8") if out.exists() else ""):
+        assert alive() and time.monotonic() < end
+        time.sleep(0.1)
+
+
 def test_ctrl_c_ends_it(start, trained):
     child = start("app", "--ckpt", trained, "--port", free_port(), "--device", "cpu")
-    out, end = child.folder / "std1", time.monotonic() + 120
-    while "http://127.0.0.1" not in (out.read_text("utf-8") if out.exists() else ""):
-        assert child.process.is_alive() and time.monotonic() < end
-        time.sleep(0.1)
+    listening(child.folder / "std1", child.process.is_alive)
     child.send(signal.SIGINT)
     assert child.wait().code == 130
+
+
+def test_sigterm_ends_it_and_leaves_no_files(trained, tmp_path):
+    argv = [sys.executable, ROOT / "app.py", "--ckpt", trained, "--port", str(free_port()), "--device", "cpu"]
+    with open(tmp_path / "out", "w") as out:
+        process = subprocess.Popen(argv, stdout=out, env=os.environ | dict(TMPDIR=str(tmp_path)))
+    try:
+        listening(tmp_path / "out", lambda: process.poll() is None)
+        made = list(tmp_path.glob("nanohindi_*"))
+        process.terminate()
+        assert process.wait(60) == 143 and len(made) == 1 and not made[0].exists()
+    finally:
+        process.kill()
 
 
 def test_both_languages_say_everything():
@@ -581,6 +754,11 @@ def test_words_are_reopened_and_pinned(visit, site):
     kept = [i for i in range(trace["length"]) if i not in marked]
     final = trace["steps"][-1]["tokens"]
     assert [now["steps"][-1]["tokens"][i] for i in kept] == [final[i] for i in kept]
+    assert 0 <= float(frame.inner_text("#n-rate")) <= len(marked)
+    frame.fill("#scrub", "0")
+    frame.hover('#text [data-state="kept"] >> nth=0')
+    assert "written before" in frame.inner_text("#detail") and frame.locator("#top li").count() == 6
+    frame.fill("#scrub", "99")
     frame.locator("#text span").last.click()
     frame.locator("#text span").last.click()
     pinned = frame.evaluate("[...marks].map(([p, m]) => (p, m))")

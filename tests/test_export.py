@@ -76,6 +76,7 @@ def test_fp32_keeps_every_bit_and_no_code_none(trained, tmp_path, command):
     assert {p.name for p in (tmp_path / "a").iterdir()} == {
         "model.safetensors", "config.json", "tokenizer.model", "README.md"
     }  # fmt: skip
+    assert len({p.stat().st_mode for p in (tmp_path / "a").iterdir()}) == 1  # who may read one may read all
     assert "auto_map" not in json.loads((tmp_path / "a" / "config.json").read_text("utf-8"))
     stored, ema = load_file(tmp_path / "a" / "model.safetensors"), checkpoint.read(trained / "best.pt")["ema"]
     assert all(torch.equal(stored[name], ema[name]) for name in ema)

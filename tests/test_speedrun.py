@@ -6,7 +6,7 @@ import pytest
 
 import benchmark
 import speedrun
-from config import MaskConfig, TrainConfig, TransformerConfig, VariantConfig, parse
+from config import EcoHybridConfig, MaskConfig, TrainConfig, TransformerConfig, VariantConfig, parse
 from machine import script_argv
 
 LINES = [
@@ -22,7 +22,13 @@ LINES = [
 
 def test_the_clock_stops_at_the_first_validation_within_the_goal():
     assert speedrun.reached(LINES) == (3.25, 3, 0.98)  # without the 80 seconds of validation
+    below = [
+        *LINES[:4],
+        LINES[4] | dict(bits_per_byte=0.978),
+    ]  # two thirds of the way from 0.981 to 0.978 were too much
+    assert speedrun.reached(below) == (pytest.approx(2.5 + 0.75 / 3), 3, 0.978)
     assert speedrun.reached(LINES[:4]) is None
+    assert speedrun.reached([LINES[0], dict(step=1, bits_per_byte=0.9, seconds=dict(validation=1.0))]) == (1.5, 1, 0.9)
     assert speedrun.reached([dict(step=1, bits_per_byte=None, seconds=dict(validation=1.0))]) is None
 
 
@@ -31,7 +37,7 @@ def test_a_record_s_flags_exist_and_leave_the_evaluation_alone(name):
     script, of_data, of_run = speedrun.RECORDS[name]
     assert not set(of_run) & set(speedrun.FIXED) and set(of_data) <= {"tokenizer", "vocab_size"}
     argv = script_argv(script, speedrun.FIXED | of_run)[2:]
-    sizes = VariantConfig if script == "variants.py" else TransformerConfig
+    sizes = {"variants.py": VariantConfig, "train_eco_hybrid.py": EcoHybridConfig}.get(script, TransformerConfig)
     _, _, run = parse("", MaskConfig, sizes, TrainConfig, argv=argv)
     assert (run.seq_len, run.eval_masks, run.eval_windows) == (128, 16, 0)
     assert run.eval_interval and run.max_steps % run.eval_interval == 0

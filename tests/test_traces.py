@@ -225,6 +225,28 @@ def test_the_canvas_is_rebuilt_from_the_first_step():
         told.add(step([[0, 0]], forwards=3))
 
 
+def test_what_has_not_changed_is_held_once():
+    trace = unmasked([*ids("हि", " ", "में"), MASK, *ids("a b")], [0, 2, 4], given_positions=(1,))
+    for before, after in zip(trace.steps[1:], trace.steps[2:], strict=False):
+        same = [a is b for a, b in zip(before["units"], after["units"], strict=False)]
+        assert sum(same) >= len(same) - 4 and trace.steps[-1]["units"][1] is trace.steps[0]["units"][1]
+
+
+def test_what_an_earlier_trace_wrote_is_no_prompt_of_the_next():
+    final = ids("हि", " ", "में", " है")
+    first = Trace(TOKENIZER, MASK, canvas=[final[0], MASK, MASK, MASK])
+    first.add(step([[*final[:2], MASK, MASK]], [[0, 0.25, 0, 0]]), top={1: [0.5, [[final[1], 0.25]]], 2: [9, []]})
+    first.add(step([final], [[0, 0, 0.5, 0.75]], forwards=2), top={2: [1.5, [[7, 0.5]]], 3: [2.5, [[8, 0.75]]]})
+    second = Trace(TOKENIZER, MASK, canvas=[*final[:3], MASK], earlier=first)
+    third = Trace(TOKENIZER, MASK, canvas=[*final[:2], MASK, final[3]], earlier=first)
+    assert second.given == third.given == {0}
+    assert [u[1] for u in second.units] == ["prompt", "kept", "kept", "open"]
+    assert second.sure == [None, 0.25, 0.5, None] and third.sure == [None, 0.25, None, 0.75]
+    assert second.steps[0]["top"] == {"1": [0.5, [[final[1], 0.25]]], "2": [1.5, [[7, 0.5]]]}
+    assert third.steps[0]["top"] == {"1": [0.5, [[final[1], 0.25]]], "3": [2.5, [[8, 0.75]]]}
+    assert second.pieces.keys() == {str(final[1]), "7"}
+
+
 def test_tensors_and_numbers_that_json_has_not():
     torch = pytest.importorskip("torch")
     trace = Trace(TOKENIZER, MASK, prompt="क\udcff", meta={"steps": 1})
