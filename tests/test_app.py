@@ -759,6 +759,12 @@ def test_words_are_reopened_and_pinned(visit, site):
     frame.hover('#text [data-state="kept"] >> nth=0')
     assert "written before" in frame.inner_text("#detail") and frame.locator("#top li").count() == 6
     frame.fill("#scrub", "99")
+    kept = [["क", "kept", 0.5, [0]], ["", "kept", 0.5, [1]], ["", "kept", 0.5, [2]]]  # the ends stood there before
+    same = dict(remasked=[], tokens=[], confidence=[0.5] * 4)
+    steps = [same | dict(units=[*kept, last], revealed=[3] * n, forwards=n, seconds=n)
+             for n, last in enumerate((["", "open", None, [3]], ["ख", "new", 0.5, [3]]))]  # fmt: skip
+    assert frame.evaluate("s => (playTrace({steps: s, meta: {}}), $('n-rate').textContent)", steps) == "1.00"
+    frame.evaluate("t => playTrace(t)", now)
     frame.locator("#text span").last.click()
     frame.locator("#text span").last.click()
     pinned = frame.evaluate("[...marks].map(([p, m]) => (p, m))")
