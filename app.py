@@ -38,7 +38,7 @@ except ModuleNotFoundError as e:
 BODY = 1 << 20  # bytes of a request
 HERE = Path(__file__).parent
 MODEL = dict(concurrency_id="model", concurrency_limit=1)  # events that compute, one at a time
-FILES = dict(concurrency_id="files", concurrency_limit=1)
+FILES = dict(concurrency_id="files", concurrency_limit=1)  # events that write a file for the visitor, likewise
 SENTENCE = "पार्वती ने कहा, मैं कल घर जाऊँगी।"
 EXAMPLES = ["एक दिन", "पार्वती ने कहा", "देवदास ___ चला गया", "mai kal bazaar gaya tha"]
 CSS = """
@@ -252,9 +252,7 @@ def build(models, cfg):
             spoke.then(do.process, [*asked, lang], [window, holes], api_name=False, show_progress="hidden", **MODEL)
         page.load(do.measured, lang, [frontier, quizzed], api_name="measured", show_progress="hidden")
         page.unload(do.halt)  # who leaves wants no more
-    page.queue(
-        max_size=cfg.queue, default_concurrency_limit=4, api_open=False
-    )  # what computes does not go round the queue
+    page.queue(max_size=cfg.queue, default_concurrency_limit=4, api_open=False)  # what computes cannot go round it
     return page
 
 
