@@ -1,7 +1,7 @@
 """Models of nanoHinDi for the transformers library; export.py puts this file into the folders that it writes.
 
-    model = AutoModel.from_pretrained("models/diffusion", trust_remote_code=True)
-    tokenizer = AutoTokenizer.from_pretrained("models/diffusion", trust_remote_code=True)
+    model = AutoModel.from_pretrained("exported/diffusion", trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained("exported/diffusion", trust_remote_code=True)
     print(model.write(tokenizer, "एक दिन", max_new_tokens=64, steps=16))
 
 `model.model` is the project's own denoiser, or its causal twin, and `tokenizer.own` its tokenizer, out of the files

@@ -24,11 +24,13 @@ LARGER = dict(tokenizer="unigram", vocab_size=4096)  # the novel has 2,935
 FIRST = dict(values="own", lr=4e-3, max_mask_rate=1.0, batch_size=16, ema=0.999)  # whatever the defaults become
 FAST = dict(lr=8e-3, max_mask_rate=0.8)
 SHALLOW = FAST | dict(n_layers=2, ema=0, eval_interval=10)
+HALF = dict(min_mask_rate=0.4, max_mask_rate=0.6, warmup=0.06)
 RECORDS = {  # recipes, oldest first: name -> the trainer, flags of prepare.py, flags of the trainer
     "quickstart": ("variants.py", dict(vocab_size=1024), FIRST | dict(max_steps=900, eval_interval=50)),
     "pieces": ("train_diffusion.py", LARGER, FAST | dict(batch_size=8, max_steps=300, eval_interval=20)),
     "shallow": ("train_eco_hybrid.py", LARGER, SHALLOW | dict(max_steps=180)),
     "attention": ("train_eco_hybrid.py", LARGER, SHALLOW | dict(attn_every=2, max_steps=150)),
+    "half": ("train_eco_hybrid.py", LARGER, SHALLOW | dict(attn_every=2, max_steps=125) | HALF),
 }
 
 
