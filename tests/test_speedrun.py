@@ -40,7 +40,7 @@ def test_a_record_s_flags_exist_and_leave_the_evaluation_alone(name):
     sizes = {"variants.py": VariantConfig, "train_eco_hybrid.py": EcoHybridConfig}.get(script, TransformerConfig)
     _, _, run = parse("", MaskConfig, sizes, TrainConfig, argv=argv)
     assert (run.seq_len, run.eval_masks, run.eval_windows) == (128, 16, 0)
-    assert run.eval_interval and run.max_steps % run.eval_interval == 0
+    assert 0 < run.eval_interval <= run.max_steps  # the trainer validates at its end too
 
 
 def test_a_race_of_two_steps(monkeypatch, tmp_path, capsys):
