@@ -21,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import platform
@@ -32,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -704,7 +706,9 @@ def forms(denoiser, folder):
     """name -> (what answers, bytes of its weights in a file): the forms in which weights can be used on a CPU."""
     from onnxruntime.quantization import quantize_dynamic
 
-    export.save_onnx(denoiser, folder / "fp32.onnx")
+    logging.getLogger().setLevel(logging.ERROR)  # it advises a step that changes nothing here
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of torch.export, about itself
+        export.save_onnx(denoiser, folder / "fp32.onnx")
     quantize_dynamic(folder / "fp32.onnx", folder / "int8.onnx")
     rounded, weights = copy.deepcopy(denoiser), sum(p.numel() for p in denoiser.parameters())
     for p in rounded.parameters():
@@ -714,6 +718,16 @@ def forms(denoiser, folder):
         path = folder / f"{name}.onnx"
         table[f"ONNX {name}"] = Session(path, denoiser.mask_id), path.stat().st_size
     return table
+
+
+def text_for(cfg, loaded):
+    """Ids of text to try a model on, and what it is: the held-out part of its data if that is here, or of Devdas."""
+    folder = Path(cfg.data_dir or loaded.config["data_dir"])
+    if cfg.data_dir or (folder / "meta.json").exists():
+        return dataset.load(folder).val, "held-out windows"
+    with tempfile.TemporaryDirectory() as scratch:
+        novel = preparing.find_inputs(PrepareConfig(), Path(scratch))[0][0][0].read_text("utf-8")
+    return np.array(loaded.tokenizer.encode(novel[len(novel) * 9 // 10 :])), "windows of Devdas"
 
 
 @torch.no_grad()
@@ -749,12 +763,13 @@ def inference(argv):
     denoiser, V = loaded.denoiser, loaded.denoiser.mask_id
     check(loaded.kind in ("transformer", "eco_hybrid"), f"{loaded.path} is {loaded.kind}, and no denoiser of our own")
     T = min(cfg.tokens, denoiser.config.max_seq_len)
-    windows = dataset.windows(dataset.load(cfg.data_dir or loaded.config["data_dir"]).val, T)
+    ids, what = text_for(cfg, loaded)
+    windows = dataset.windows(ids, T)
     x0 = torch.stack([w for w in windows if len(w) == T][: cfg.windows])  # (n, T)
     x_t, masked = diffusion.corrupt(x0, V, generator=torch.Generator().manual_seed(0))
     facts, rows = machine(torch.device("cpu")), []
     print(f"{loaded.path}: {sum(p.numel() for p in denoiser.parameters()):,} parameters; {facts['device']}, "
-          f"{facts['threads']} threads; {T} tokens in {cfg.steps} steps; {len(x0)} held-out windows\n")  # fmt: skip
+          f"{facts['threads']} threads; {T} tokens in {cfg.steps} steps; {len(x0)} {what}\n")  # fmt: skip
     print(f"{'weights':<24}{'MiB':>6}{'KL, nats':>10}{'bound':>8}{'change':>20}{'batch':>7}{'ms a forward':>14}"
           f"{'s a sample':>12}{'CPU s':>8}")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

@@ -551,7 +551,7 @@ class InferenceConfig:
     """benchmark.py inference."""
 
     ckpt: str = knob("", "the denoiser: a .pt file, or a folder of a run or of export.py; empty is the newest run")
-    data_dir: str = knob("", "folder written by prepare.py; empty takes the one --ckpt was trained on")
+    data_dir: str = knob("", "folder written by prepare.py; empty takes the one --ckpt was trained on, or Devdas")
     output: str = knob("", "where the figures go; empty is checkpoints/benchmark_inference.json")
     tokens: int = knob(64, "tokens a sample, no prompt")
     steps: int = knob(16, "forwards a sample")

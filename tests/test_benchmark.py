@@ -369,6 +369,17 @@ def test_inference_states_what_each_form_costs(trained, command, monkeypatch, tm
         assert row["bound"] - plain["bound"] == pytest.approx(row["change"], abs=1e-5)
 
 
+def test_a_model_whose_data_is_elsewhere_reads_devdas(trained, tmp_path):
+    loaded = checkpoint.load(trained)
+    assert (benchmark.text_for(InferenceConfig(), loaded)[0] == dataset.load(loaded.config["data_dir"]).val).all()
+    loaded.config["data_dir"] = str(tmp_path / "nowhere")
+    ids, what = benchmark.text_for(InferenceConfig(), loaded)
+    text = loaded.tokenizer.decode(ids.tolist())
+    assert what == "windows of Devdas" and 10_000 < len(text) < 20_000 and "पार्वती" in text
+    with pytest.raises(FileNotFoundError):
+        benchmark.text_for(InferenceConfig(data_dir=str(tmp_path / "nowhere")), loaded)
+
+
 def test_a_start_is_what_is_left_of_a_command(trained, monkeypatch):
     clock, calls = iter([0.0, 4.0, 10.0, 13.0, 20.0, 25.0]), []
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
