@@ -604,6 +604,7 @@ def test_config_json_and_the_checkpoint_agree(trained, data):
 
 
 def test_newest_run(tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(checkpoint, "IN_THE_BOX", tmp_path / "no box")
     with pytest.raises(FileNotFoundError, match="no run"):
         checkpoint.newest_run(tmp_path)
     for n, name in enumerate(["old", "new", "middle"]):

@@ -351,6 +351,9 @@ def test_ctrl_c(run, trained):
 
 def test_without_a_name_the_newest_run_is_taken(command, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    result = command("sample_diffusion", "--max_new_tokens", 2)
+    assert result.code == 0 and "models/diffusion (trained beforehand)" in result.err
+    monkeypatch.setattr(checkpoint, "IN_THE_BOX", tmp_path / "no box")
     result = command("sample_diffusion")
     assert result.code == 2 and "checkpoints" in result.error()
     shutil.copytree(trained, tmp_path / "checkpoints" / "mine")
