@@ -150,8 +150,10 @@ def build(models, cfg):
         stop.click(do.halt, queue=False, api_name="stop")
         forget.click(lambda: (None, packed(dict(trace=None))), None, [kept, board], api_name=False)
         mode.input(do.orders, mode, [strategy, forget], api_name=False)
+        window = dict(fn=do.fit, inputs=[model, length, steps], outputs=[length, steps], api_name=False)
+        mode.input(do.suited, [mode, model], model, api_name=False).then(**window)
         model.input(do.tasks, model, mode, api_name=False).then(do.orders, mode, [strategy, forget], api_name=False)
-        gr.on([model.input, page.load], do.fit, [model, length, steps], [length, steps], api_name=False)
+        gr.on([model.input, page.load], **window)
         for kind, button in zip(("html", "json", "gif"), buttons, strict=True):
             button.click(do.export(kind), [kept], file, api_name=f"export_{kind}", **FILES)
 

@@ -358,6 +358,11 @@ def handlers(models, cfg):
         """A model that was tuned to answer is asked, the others write on."""
         return "chat" if name in facts and facts[name]["chats"] else "continue"
 
+    def suited(mode, name):
+        """A question goes to a model that was tuned to answer, a denoiser first; other tasks stay where they are."""
+        tuned = sorted((n for n in facts if facts[n]["chats"]), key=lambda n: facts[n]["causal"])
+        return name if mode != "chat" or name in tuned or not tuned else tuned[0]
+
     def orders(mode):
         """The order that is usual for a task, as of sample_diffusion.py; and whether there is a talk to forget."""
         return SampleConfig(chat=mode == "chat").strategy, gr.update(visible=mode == "chat")

@@ -490,6 +490,8 @@ def test_runs_and_models_of_the_repository_are_found(elsewhere, trained):
     do = app_work.handlers(found, AppConfig(device="cpu"))
     assert do.causal("diffusion") and do.judges("diffusion") and not do.causal("a")
     assert do.tasks("diffusion") == "chat" and do.tasks("a") == "continue"
+    assert [do.suited(mode, "a") for mode in ("chat", "continue", "fill")] == ["diffusion", "a", "a"]
+    assert do.suited("continue", "diffusion") == "diffusion"
     assert do.orders("chat")[0] == "left_to_right" and do.orders("fill")[0] == "confidence"
     fitted = do.fit("a", "diffusion", 100, 20)  # windows of 128 and 32 tokens
     assert [(u["maximum"], u["value"]) for u in fitted] == [(32, 32), (32, 20)]
